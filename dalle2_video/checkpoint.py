@@ -1,0 +1,162 @@
+"""Consolidated model files: configuration and weights of one network in one .safetensors file.
+
+Header (JSON strings): `format`, `kind` (which network), `config` (what rebuilds it), `meta`
+(free strings, such as `clip_hash`). A file is written under a temporary name, flushed to the disk and
+renamed, so a reader sees the old file or the new one, never half of one. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "dalle2-video/1"
+
+
+class CheckpointError(RuntimeError):
+    """A model file that is missing, damaged, of another kind, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model file holds: config (dict), state (name -> CPU tensor), meta, and the file's hash."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    meta: dict[str, str]
+    hash: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header alone: which network, its configuration and its meta strings."""
+
+    kind: str
+    config: dict[str, Any]
+    meta: dict[str, str]
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """First 16 characters of the SHA-256 (hex) of the file's bytes."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file or a folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    kind: str,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, str] | None = None,
+) -> str:
+    """Write one model file atomically and return its hash (`file_hash`).
+
+    The bytes depend on the arguments alone, so equal weights give equal hashes.
+    """
+    meta = dict(meta or {})
+    for key, value in meta.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{path}: meta[{key!r}] must be a string, got {type(value).__name__}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {
+        "format": FORMAT,
+        "kind": kind,
+        "config": json.dumps(dict(config), sort_keys=True, allow_nan=False),
+        "meta": json.dumps(meta, sort_keys=True),
+    }
+    # A clone per name: tied parameters share memory, which the format refuses.
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        sync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_path(path.parent)
+    return file_hash(path)
+
+
+def read_header(path: str | os.PathLike[str], kind: str | None = None) -> Header:
+    """The header of a model file, without its weights; `kind` None accepts every network."""
+    return _open(Path(path), kind, weights=False)[0]
+
+
+def load_model(path: str | os.PathLike[str], kind: str) -> LoadedModel:
+    """Read a model file of the given kind onto the CPU.
+
+    Raises CheckpointError with the file's name and the cause when it is missing, truncated, no
+    model file of this project, or holds a network of another kind.
+    """
+    path = Path(path)
+    header, state = _open(path, kind, weights=True)
+    return LoadedModel(header.config, state, header.meta, file_hash(path), path)
+
+
+def _open(path: Path, kind: str | None, weights: bool) -> tuple[Header, dict[str, Tensor]]:
+    if not path.is_file():
+        wanted = f"the {kind} model" if kind else "a model"
+        raise CheckpointError(f"{path}: no such file; {wanted} is needed here, train it first")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            raw = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a safetensors file, but none of this project ({FORMAT})")
+    if kind is not None and raw["kind"] != kind:
+        raise CheckpointError(f"{path}: holds a {raw['kind']!r} model where {kind!r} is needed")
+    return Header(raw["kind"], json.loads(raw["config"]), json.loads(raw["meta"])), state
+
+
+def load_weights(
+    model: nn.Module, loaded: LoadedModel, optional: Callable[[str], bool] | None = None
+) -> None:
+    """Copy the weights into `model`; names and shapes must match exactly.
+
+    optional: says of a name of the model whether the file may lack it (a frozen pretrained tower).
+    Raises CheckpointError that names the file and the first differing names.
+    """
+    own = model.state_dict()
+    may_lack = optional or (lambda name: False)
+    missing = [n for n in own if n not in loaded.state and not may_lack(n)]
+    extra = [n for n in loaded.state if n not in own]
+    shapes = [
+        f"{n} {tuple(t.shape)} against {tuple(own[n].shape)}"
+        for n, t in loaded.state.items()
+        if n in own and t.shape != own[n].shape
+    ]
+    found = [("missing", missing), ("not in the model", extra), ("of another shape", shapes)]
+    problems = [f"{what}: {_some(names)}" for what, names in found if names]
+    if problems:
+        raise CheckpointError(f"{loaded.path}: does not fit the model ({'; '.join(problems)})")
+    model.load_state_dict(loaded.state, strict=False)
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,316 @@
+"""Video in and out: decode by time stamp, crop, resize, encode, and the one change of axes and range.
+
+Frames on disk and in this file are uint8 RGB (F, H, W, 3), 0..255. Networks see float
+(B, C, F, H, W) in [-1, 1]; `to_float` and `to_uint8` are the only way between the two.
+
+Times are seconds since the first frame of the video stream, so a stream that starts at 1.4 s and
+one that starts at 0 give the same clip. A frame is shown from its own time stamp until the next
+one, so the frame "at t" is the last one whose time stamp is not after t: right for a variable
+frame rate too. Audio is ignored.
+
+Letters: B batch, C channels, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from torch import Tensor
+
+
+class ClipError(ValueError):
+    """A clip cannot be used; the message is the cause, as the manifest lists it."""
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """frames uint8 RGB (F, H, W, 3); times float64 (F,), the time stamp in seconds of each frame."""
+
+    frames: np.ndarray
+    times: np.ndarray
+
+
+def decode_clip(
+    source: bytes | str | os.PathLike[str],
+    fps: float,
+    num_frames: int,
+    size: int,
+    start: float = 0.0,
+) -> DecodedClip:
+    """The frames at start + k / fps seconds, k = 0 .. num_frames - 1, as size x size squares.
+
+    `source` is a path or the bytes of a video file. Decoding stops at the last frame needed. The
+    last frame of a stream lasts one frame duration. Raises ClipError, naming the cause, for what is
+    no video, is damaged or truncated before the last frame needed, or is too short.
+    """
+    wanted = start + np.arange(num_frames) / fps
+    frames = np.empty((num_frames, size, size, 3), np.uint8)
+    times = np.empty(num_frames)
+    filled = 0
+    held: av.VideoFrame | None = None
+    held_time = duration = 0.0
+    try:
+        with _open(source) as container:
+            if not container.streams.video:
+                raise ClipError("has no video stream")
+            stream = container.streams.video[0]
+            tick = float(stream.time_base or Fraction(1, 1000))
+            # Containers round time stamps to their tick: Matroska writes 1/15 s as 67 ms.
+            tolerance = min(tick / 2, 1e-3) + 1e-6
+            first = None
+            duration = float(1 / stream.average_rate) if stream.average_rate else 0.0
+            for frame in _decode(container, stream):
+                if frame.pts is None:
+                    raise ClipError("has frames without time stamps")
+                time = float(frame.pts * (frame.time_base or Fraction(1, 1000)))
+                first = time if first is None else first
+                time -= first
+                if held is not None:
+                    count = int(np.searchsorted(wanted, time - tolerance, side="left"))
+                    filled = _fill(frames, times, filled, count, held, held_time)
+                    if filled == num_frames:
+                        return DecodedClip(frames, times)
+                    duration = time - held_time
+                held, held_time = frame, time
+            if held is None:
+                raise ClipError("undecodable: has no frame")
+            if held.duration:
+                duration = float(held.duration * (held.time_base or tick))
+            end = held_time + duration
+            count = int(np.searchsorted(wanted, end + tolerance, side="left"))
+            filled = _fill(frames, times, filled, count, held, held_time)
+            if filled < num_frames:
+                promised = float(stream.duration * tick) if stream.duration else 0.0
+                if promised > end + max(4 * duration, 0.1):
+                    raise ClipError(f"truncated: stops at {end:.2f} s of {promised:.2f} s")
+                needs = start + num_frames / fps
+                raise ClipError(f"too short: has {end:.1f} s, needs {needs:.1f} s")
+    except av.FFmpegError as error:
+        raise ClipError(f"undecodable: {error.strerror or error}") from error
+    return DecodedClip(frames, times)
+
+
+def _open(source: bytes | str | os.PathLike[str]) -> av.container.InputContainer:
+    file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+    return av.open(file, metadata_errors="replace")
+
+
+def _decode(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[av.VideoFrame]:
+    """Frames in display order; a damaged packet is an error, not a grey frame."""
+    stream.codec_context.options = {"err_detect": "explode"}
+    stream.codec_context.thread_count = 1  # clips run in parallel, so each keeps to one core
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise ClipError("truncated: a packet is cut off")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise ClipError("damaged: a frame does not decode whole")
+            yield frame
+
+
+def _fill(
+    frames: np.ndarray,
+    times: np.ndarray,
+    filled: int,
+    count: int,
+    held: av.VideoFrame,
+    time: float,
+) -> int:
+    if count > filled:
+        frames[filled:count] = _square(held, frames.shape[1])
+        times[filled:count] = time
+    return max(filled, count)
+
+
+# ---------------------------------------------------------------- one frame: colour, turn, size
+
+# AVColorSpace (ITU-T H.273 matrix coefficients) -> the matrix that swscale is to undo.
+_MATRIX = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,
+    6: Colorspace.ITU601,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
+_FLAGS = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+
+
+def frame_to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 RGB (H, W, 3), full range, by the frame's own matrix and range.
+
+    Untagged frames get the guess that players make: BT.709 from 1280 wide or more than 576 high,
+    else BT.601; limited range unless the pixel format is a yuvj one. Transfer curves are left alone
+    (HDR is not tone mapped).
+    """
+    large = frame.width >= 1280 or frame.height > 576
+    matrix = _MATRIX.get(frame.colorspace, Colorspace.ITU709 if large else Colorspace.ITU601)
+    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    rgb = frame.reformat(
+        format="rgb24",
+        src_colorspace=matrix,
+        src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=_FLAGS,
+        threads=1,
+    )
+    return rgb.to_ndarray()
+
+
+def _square(frame: av.VideoFrame, size: int) -> np.ndarray:
+    """The upright centre square of a decoded frame, uint8 (size, size, 3)."""
+    image = frame_to_rgb(frame)
+    aspect = float(getattr(frame, "sample_aspect_ratio", None) or 1)
+    image, aspect = _upright(image, aspect, _display_matrix(frame))
+    return crop_resize(image, size, aspect)
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the frame's display matrix: x' = a x + c y, y' = b x + d y."""
+    data = next((s for s in frame.side_data.values() if s.type.name == "DISPLAYMATRIX"), None)
+    if data is None:
+        return 1, 0, 0, 1
+    matrix = np.frombuffer(bytes(data), np.int32) / 65536
+    a, b, c, d = np.rint(matrix[[0, 1, 3, 4]]).astype(int).tolist()
+    if (abs(a), abs(b), abs(c), abs(d)) not in ((1, 0, 0, 1), (0, 1, 1, 0)):
+        raise ClipError(f"its rotation is no quarter turn: display matrix {matrix.tolist()}")
+    return a, b, c, d
+
+
+def _upright(
+    image: np.ndarray, aspect: float, matrix: tuple[int, int, int, int]
+) -> tuple[np.ndarray, float]:
+    a, b, c, d = matrix
+    if a == 0:  # x and y change places; then c says whether x' is mirrored, b whether y' is
+        image, aspect, a, d = image.transpose(1, 0, 2), 1 / aspect, c, b
+    return image[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1], aspect
+
+
+def crop_resize(image: np.ndarray, size: int, aspect: float = 1.0) -> np.ndarray:
+    """Centre square of (H, W, 3) 0..255 resized to uint8 (size, size, 3).
+
+    `aspect` is the width of a pixel over its height. Shrinking averages over the exact area that an
+    output pixel covers (antialiased, fractions of pixels included); enlarging is bilinear.
+    """
+    height, width = image.shape[:2]
+    if aspect == 1.0:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        image = image[top : top + side, left : left + side]
+        rows = columns = resize_matrix(side, size)
+    else:
+        side = min(height, width * aspect)
+        rows = resize_matrix(height, size, (height - side) / 2, side)
+        columns = resize_matrix(width, size, (width - side / aspect) / 2, side / aspect)
+    if image.shape[:2] != (size, size):
+        flat = np.ascontiguousarray(image, np.float32).reshape(image.shape[0], -1)
+        half = (rows @ flat).reshape(size, image.shape[1], 3)
+        image = np.matmul(columns, half).round().clip(0, 255)
+    return np.ascontiguousarray(image, np.uint8)
+
+
+@lru_cache(maxsize=64)
+def resize_matrix(
+    n_in: int, n_out: int, start: float = 0.0, length: float | None = None
+) -> np.ndarray:
+    """float32 (n_out, n_in), rows summing to 1: resizes [start, start + length) of n_in samples.
+
+    An area average where it shrinks, linear interpolation (edges repeated) where it enlarges.
+    """
+    length = float(n_in) if length is None else length
+    scale = length / n_out
+    pixel = np.arange(n_in)
+    if scale >= 1:
+        edge = start + np.arange(n_out + 1)[:, None] * scale
+        cover = np.minimum(edge[1:], pixel + 1) - np.maximum(edge[:-1], pixel)
+        weight = cover.clip(0)
+    else:
+        centre = (start + (np.arange(n_out) + 0.5) * scale - 0.5).clip(0, n_in - 1)
+        weight = (1 - np.abs(centre[:, None] - pixel)).clip(0)
+    return (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+
+
+# ---------------------------------------------------------------- out
+
+
+def encode_mp4(
+    target: str | os.PathLike[str] | BinaryIO,
+    frames: np.ndarray | Tensor,
+    fps: float,
+    crf: int = 18,
+    preset: str = "veryfast",
+) -> None:
+    """Writes uint8 RGB (F, H, W, 3) as H.264, yuv420p, tagged BT.709 and limited range.
+
+    H and W must be even (4:2:0 chroma), or ValueError. A path is written under a temporary name
+    in its folder and renamed when whole; a binary file object is written in place.
+    """
+    frames = np.ascontiguousarray(frames.cpu().numpy() if isinstance(frames, Tensor) else frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"frames must be uint8 (F, H, W, 3), not {frames.dtype} {frames.shape}")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"H.264 with 4:2:0 chroma needs even sides, not {frames.shape[1:3]}")
+    if not isinstance(target, str | os.PathLike):
+        _encode(target, frames, fps, crf, preset)
+        return
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            _encode(file, frames, fps, crf, preset)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _encode(file: BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str) -> None:
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.options = {"crf": str(crf), "preset": preset}
+        context = stream.codec_context
+        context.thread_count = 1
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.color_range = ColorRange.MPEG
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=_FLAGS,
+                threads=1,
+            )
+            frame.pts = None
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+# ---------------------------------------------------------------- axes and range
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 (B, F, H, W, 3) -> float32 (B, 3, F, H, W) in [-1, 1], on the tensor's own device."""
+    return frames.permute(0, 4, 1, 2, 3).float().div(127.5).sub(1.0).contiguous()
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """float (B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3): clamped, rounded to nearest."""
+    pixels = video.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()

@@ -1,0 +1,235 @@
+"""A stage is data: one network, its objective, its data sets and how it is judged.
+
+`loop.train` runs any stage. Everything learnable lives in `Stage.model`, so DDP, DeepSpeed and FSDP
+each see one model and one optimizer. `from_config` turns a section of the configuration into a
+frozen dataclass at the edge, so a wrong key fails before any data is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration section with an unknown, missing or ill-typed key."""
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What an objective knows of its call.
+
+    counters: (B,) int64 on the CPU, the global clip counters of this batch (in validation: clip
+    indices); with `seed` they key all randomness of the step.
+    """
+
+    counters: Tensor
+    seed: int
+    device: torch.device
+    accelerator: Accelerator
+
+
+@dataclass(frozen=True)
+class Loss:
+    """loss: scalar tensor with gradient, the mean over the batch. metrics: what else to log."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated or reconstructed clip: frames uint8 RGB (F, H, W, 3), frames per second."""
+
+    caption: str
+    frames: np.ndarray
+    fps: float = 8.0
+
+
+@dataclass
+class Stage:
+    """One network to train.
+
+    name: folder and W&B name ("clip", "prior", "base"). kind in the model file: `kind` or the name.
+    objective(model, batch, step) -> Loss calls the (perhaps wrapped) model exactly once.
+    validate(model, accelerator) -> {name: figure}; None: the mean objective over `val_set`.
+    samples(model, accelerator) -> list of Sample, or None. Both run on every rank, in eval mode,
+    without gradient, under EMA weights where the stage has them.
+    config: what rebuilds the network (JSON values). meta: strings for the model file's header.
+    state_filter: of a name of the model's state, whether checkpoints and model.safetensors keep
+    it; None keeps all. A frozen pretrained tower is kept out this way.
+    """
+
+    name: str
+    model: nn.Module
+    objective: Callable[[nn.Module, Any, StepInfo], Loss]
+    train_set: Any
+    val_set: Any = None
+    validate: Callable[[nn.Module, Accelerator], dict[str, float]] | None = None
+    samples: Callable[[nn.Module, Accelerator], list[Sample]] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, str] = field(default_factory=dict)
+    state_filter: Callable[[str], bool] | None = None
+    kind: str | None = None
+
+    def keeps(self, name: str) -> bool:
+        """Whether checkpoints hold this entry of the model's state."""
+        return self.state_filter is None or self.state_filter(name)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and how to train; all progress is counted in clips seen.
+
+    batch_size: clips per optimizer step, all ranks together. micro_batch_size: clips per rank and
+    forward pass, None = batch_size / ranks. minutes: None, or a budget of wall-clock minutes (the
+    loop with its validation and saves; start-up apart) that rules the schedule and the end
+    instead of `clips`. ema_halflife_clips: None = no EMA; the half-life in use is
+    min(ema_halflife_clips, ema_rampup * clips seen). *_every_clips: None = only at the end.
+    """
+
+    batch_size: int
+    clips: int
+    lr: float
+    micro_batch_size: int | None
+    minutes: float | None
+    warmup_clips: int
+    lr_schedule: Literal["constant", "cosine"]
+    weight_decay: float
+    betas: tuple[float, float]
+    grad_clip: float | None
+    ema_halflife_clips: float | None
+    ema_rampup: float
+    log_every_clips: int
+    val_every_clips: int | None
+    save_every_clips: int | None
+    keep_checkpoints: int
+    workers: int
+
+    def __post_init__(self) -> None:
+        positive = ["batch_size", "clips", "lr", "micro_batch_size", "minutes", "grad_clip"]
+        positive += ["ema_halflife_clips", "ema_rampup", "log_every_clips", "val_every_clips"]
+        positive += ["save_every_clips", "keep_checkpoints"]
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0, got {value}")
+        for name in ("warmup_clips", "weight_decay", "workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and in which environment a stage runs.
+
+    dir: runs/<train_name>/<stage>. wandb_mode: online | offline, None = WANDB_MODE or online.
+    """
+
+    dir: str
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    train_name: str = "run"
+    use_wandb: bool = False
+    wandb_project: str = "dalle2-video"
+    wandb_entity: str | None = None
+    wandb_mode: Literal["online", "offline"] | None = None
+
+
+def from_config(cls: type[T], section: DictConfig | Mapping[str, Any], where: str) -> T:
+    """Build the frozen dataclass `cls` from a configuration section, strictly.
+
+    Nested dataclasses come from nested sections, lists become tuples where the field is one.
+    Raises ConfigError that names the section `where` and the key: unknown, missing, ill-typed.
+    """
+    if isinstance(section, DictConfig):
+        section = typing.cast(Mapping[str, Any], OmegaConf.to_container(section, resolve=True))
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: must be a section with keys, got {section!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
+    for key in section:
+        if key not in fields:
+            known = ", ".join(fields)
+            raise ConfigError(f"{where}.{key}: unknown key; {where} has: {known}")
+    values = {}
+    for name, spec in fields.items():
+        if name in section:
+            values[name] = _convert(hints[name], section[name], f"{where}.{name}")
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{name}: missing key")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type of the field's annotation, or ConfigError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    wrong = ConfigError(f"{where}: expected {_name(hint)}, got {value!r}")
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        errors: list[ConfigError] = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0] if len(errors) == 1 else wrong
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where}: must be one of {', '.join(map(str, args))}, got {value!r}")
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, typing.cast(Any, hint)) else from_config(hint, value, where)
+    if origin in (tuple, list):
+        return _sequence(origin, args, value, where, wrong)
+    if origin in (dict, Mapping) or hint is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        inner = args[1] if args else Any
+        return {k: _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e6 in YAML is a float
+        return int(value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        if isinstance(value, bool) and hint is not bool:
+            raise wrong
+        return value
+    raise wrong
+
+
+def _sequence(origin: Any, args: tuple, value: Any, where: str, wrong: ConfigError) -> Any:
+    if not isinstance(value, list | tuple):
+        raise wrong
+    if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
+        if args and len(args) != len(value):
+            raise wrong
+        kinds = args or (Any,) * len(value)
+    else:
+        kinds = (args[0] if args else Any,) * len(value)
+    items = [_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))]
+    return tuple(items) if origin is tuple else items
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
