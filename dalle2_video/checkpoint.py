@@ -1,8 +1,8 @@
 """Consolidated model files: configuration and weights of one network in one .safetensors file.
 
 Header (JSON strings): `format`, `kind` (which network), `config` (what rebuilds it), `meta`
-(free strings, such as `clip_hash`). A file is written under a temporary name, flushed to the disk and
-renamed, so a reader sees the old file or the new one, never half of one. No pickle is read or written.
+(free strings, such as `clip_hash`). A file is written under a temporary name, flushed to the disk
+and renamed, so a reader sees the old file or the new one, never half of one. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model file holds: config (dict), state (name -> CPU tensor), meta, and the file's hash."""
+    """What a model file holds: config, state (name -> CPU tensor), meta, and the file's hash."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -123,7 +123,7 @@ def _open(path: Path, kind: str | None, weights: bool) -> tuple[Header, dict[str
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             raw = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()} if weights else {}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
     if raw.get("format") != FORMAT:

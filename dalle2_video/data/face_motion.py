@@ -1,7 +1,8 @@
 """Motion of the embedded talking heads: attributes -> pose and expression of every frame.
 
-Angles are radians in image axes (x right, y down, z towards the viewer): positive yaw moves the nose
-to the right of the image, positive pitch moves it down, positive roll leans the head to the right.
+Angles are radians in image axes (x right, y down, z towards the viewer): positive yaw moves the
+nose to the right of the image, positive pitch moves it down, positive roll leans the head to the
+right.
 """
 
 import math

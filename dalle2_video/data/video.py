@@ -181,7 +181,7 @@ def _square(frame: av.VideoFrame, size: int) -> np.ndarray:
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """(a, b, c, d) of the frame's display matrix: x' = a x + c y, y' = b x + d y."""
-    data = next((s for s in frame.side_data.values() if s.type.name == "DISPLAYMATRIX"), None)
+    data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
     matrix = np.frombuffer(bytes(data), np.int32) / 65536
@@ -271,16 +271,17 @@ def encode_mp4(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            _encode(file, frames, fps, crf, preset)
+        _encode(str(partial), frames, fps, crf, preset)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _encode(file: BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str) -> None:
+def _encode(file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str) -> None:
     rate = Fraction(fps).limit_denominator(1001)
-    with av.open(file, "w", format="mp4", options={"movflags": "faststart"}) as container:
+    # The index goes to the front, for players in a page; that re-reads the file, so it needs a path.
+    options = {"movflags": "faststart"} if isinstance(file, str) else {}
+    with av.open(file, "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.options = {"crf": str(crf), "preset": preset}

@@ -199,7 +199,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         raise ConfigError(f"{where}: must be one of {', '.join(map(str, args))}, got {value!r}")
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(Any, hint)) else from_config(hint, value, where)
+        return (
+            value if isinstance(value, typing.cast(Any, hint)) else from_config(hint, value, where)
+        )
     if origin in (tuple, list):
         return _sequence(origin, args, value, where, wrong)
     if origin in (dict, Mapping) or hint is dict:
@@ -227,7 +229,9 @@ def _sequence(origin: Any, args: tuple, value: Any, where: str, wrong: ConfigErr
         kinds = args or (Any,) * len(value)
     else:
         kinds = (args[0] if args else Any,) * len(value)
-    items = [_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))]
+    items = [
+        _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+    ]
     return tuple(items) if origin is tuple else items
 
 

@@ -1,0 +1,247 @@
+"""The data set of captioned clips: pointers to clips in a keyed order; collate loads.
+
+The order of training is a function of (seed, global clip counter): counter // n is the epoch, and
+each epoch is its own permutation. A micro-batch is named by its counters alone, so any rank, worker
+or resumed run that asks for the same counters gets the same frames and the same captions.
+Evaluation goes once over a split in index order. Embeddings are found by clip key, never by position.
+
+Letters: B clips, F frames, H W pixels, U unique caption lines, L lines per clip, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dalle2_video import keyed
+from dalle2_video.data.captions import CaptionPolicy, pack_lines
+from dalle2_video.data.store import ClipStore, StoreError
+
+
+class Embeddings(Protocol):
+    """What the data set needs of an embedding cache: rows by clip key, float32 (B, D)."""
+
+    def rows(self, keys: Sequence[str], /) -> Tensor: ...
+
+
+class ClipOrder:
+    """counter -> position in 0 .. num_clips - 1: every clip once per epoch, a new order each epoch."""
+
+    def __init__(self, num_clips: int, seed: int) -> None:
+        if num_clips < 1:
+            raise ValueError("an order needs at least one clip")
+        self.num_clips, self.seed = num_clips, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, counter: int) -> int:
+        epoch, place = divmod(counter, self.num_clips)
+        if epoch != self._epoch:
+            draw = keyed.generator(self.seed, epoch, "order")
+            self._permutation = torch.randperm(self.num_clips, generator=draw)
+            self._epoch = epoch
+        return int(self._permutation[place])
+
+
+class Pointer(NamedTuple):
+    """One meeting with a clip: global counter, position of the clip in the split, clip key."""
+
+    counter: int
+    index: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B clips.
+
+    counters int64 (B,); keys, "<clip id>:<window>"; frames uint8 RGB (B, F, H, W, 3) or None;
+    tokens int64 (U, T), the unique lines; line_index int64 (B, L), -1 = no line; captions, the same
+    lines in words; embeddings float32 (B, D), l2-normalised, or None.
+    """
+
+    counters: Tensor
+    keys: list[str]
+    frames: Tensor | None
+    tokens: Tensor
+    line_index: Tensor
+    captions: list[list[str]]
+    embeddings: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`; counters stay on the CPU, they are keys."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if field.name != "counters" and isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (a DataLoader calls this)."""
+        pinned = {
+            field.name: value.pin_memory()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+
+class CelebVTextDataset:
+    """The clips of one split. Cheap to make: `pointer` names a clip, `collate` loads.
+
+    seed keys the order and the caption choice; the store knows who is in which split. Raises
+    StoreError where the split has no clip.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        split: str,
+        seed: int,
+        captions: CaptionPolicy,
+        embeddings: Embeddings | None = None,
+        load_frames: bool = True,
+    ) -> None:
+        self.store, self.name, self.seed = store, split, seed
+        self.captions, self.embeddings, self.load_frames = captions, embeddings, load_frames
+        self.clips = store.split(split)
+        if not self.clips:
+            raise StoreError(
+                f"split {split!r} of {store.root} has none of its {len(store)} clips: "
+                "preprocess more archives or change data.splits"
+            )
+        self._order = ClipOrder(len(self.clips), seed)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def key(self, index: int) -> str:
+        """The clip key of the split's clip number `index`."""
+        return self.store.key(self.clips[index])
+
+    def keys(self) -> list[str]:
+        """All clip keys of the split, in index order: the order of `eval_loader`."""
+        return [self.key(index) for index in range(len(self))]
+
+    def pointer(self, counter: int) -> Pointer:
+        """The clip that training meets at this global counter."""
+        index = self._order(counter)
+        return Pointer(counter, index, self.key(index))
+
+    def eval_pointer(self, index: int) -> Pointer:
+        """The split's clip number `index`, which is its counter too."""
+        return Pointer(index, index, self.key(index))
+
+    def collate(self, pointers: Sequence[Pointer]) -> Batch:
+        """Loads the frames, chooses the captions and looks the embeddings up by key."""
+        clips = [self.clips[pointer.index] for pointer in pointers]
+        keys = [pointer.key for pointer in pointers]
+        for pointer, clip in zip(pointers, clips, strict=True):
+            if self.store.key(clip) != pointer.key:
+                raise StoreError(f"pointer {pointer} names clip {self.store.key(clip)}")
+        lines = pack_lines(
+            [
+                self.captions.choose(self.store.lines(clip), self.seed, pointer.counter, key)
+                for pointer, clip, key in zip(pointers, clips, keys, strict=True)
+            ]
+        )
+        return Batch(
+            counters=torch.tensor([pointer.counter for pointer in pointers]),
+            keys=keys,
+            frames=torch.from_numpy(self.store.frames(clips)) if self.load_frames else None,
+            tokens=lines.tokens,
+            line_index=lines.line_index,
+            captions=lines.texts,
+            embeddings=None if self.embeddings is None else self.embeddings.rows(keys),
+        )
+
+
+# ---------------------------------------------------------------- loaders
+
+
+class _Batches(Dataset):
+    """A torch data set whose item is a whole batch, named by its counters."""
+
+    def __init__(self, dataset: CelebVTextDataset, train: bool) -> None:
+        self.dataset, self.train = dataset, train
+
+    def __getitem__(self, counters: list[int]) -> Batch:
+        point = self.dataset.pointer if self.train else self.dataset.eval_pointer
+        return self.dataset.collate([point(counter) for counter in counters])
+
+
+class _TrainCounters(Sampler):
+    """Endless: micro-step k of rank r is [start + (k world + r) B, ... + B)."""
+
+    def __init__(self, batch_size: int, rank: int, world: int, start: int) -> None:
+        self.batch_size, self.rank, self.world, self.start = batch_size, rank, world, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start + self.rank * self.batch_size
+        while True:
+            yield list(range(first, first + self.batch_size))
+            first += self.world * self.batch_size
+
+
+class _EvalCounters(Sampler):
+    """0 .. num_clips - 1 in order, in batches; rank r takes batches r, r + world, ..."""
+
+    def __init__(self, num_clips: int, batch_size: int, rank: int, world: int) -> None:
+        starts = range(rank * batch_size, num_clips, world * batch_size)
+        self.batches = [list(range(s, min(s + batch_size, num_clips))) for s in starts]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def train_loader(
+    dataset: CelebVTextDataset,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    start_counter: int = 0,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Endless batches of `batch_size` clips for one rank, from global counter `start_counter` on.
+
+    Global micro-step k covers counters [start + k G, start + (k + 1) G), G = world x batch_size; rank
+    r gets its contiguous slice. So the union over the ranks is the same for any number of them.
+    """
+    if not 0 <= rank < world or batch_size < 1 or start_counter < 0:
+        raise ValueError(f"no such slice: {rank=} {world=} {batch_size=} {start_counter=}")
+    counters = _TrainCounters(batch_size, rank, world, start_counter)
+    return iter(_loader(_Batches(dataset, train=True), counters, workers))
+
+
+def eval_loader(
+    dataset: CelebVTextDataset, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+) -> Iterator[Batch]:
+    """Once over the split in index order, every clip exactly once; the last batch may be smaller.
+
+    With several ranks, rank r gets batches r, r + world, ... of that sequence.
+    """
+    if not 0 <= rank < world or batch_size < 1:
+        raise ValueError(f"no such slice: {rank=} {world=} {batch_size=}")
+    counters = _EvalCounters(len(dataset), batch_size, rank, world)
+    return iter(_loader(_Batches(dataset, train=False), counters, workers))
+
+
+def _loader(batches: _Batches, counters: Sampler, workers: int) -> DataLoader:
+    return DataLoader(
+        batches,
+        sampler=counters,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,88 @@
+"""The training loss of Gaussian diffusion in continuous time.
+
+What the network predicts and whose squared error the loss weighs are two settings: a network that
+predicts x0 may be trained under the v-loss, which is its squared error times 1 / sigma^2.
+Source: Ho et al. 2022 (2204.03458) section 2; Salimans & Ho 2022 section 4 for the weights;
+Hang et al. 2023 for min-SNR, as weights on the error of x0: min(SNR, 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dalle2_video.diffusion.parameterization import (
+    PREDICTIONS,
+    Prediction,
+    error_scale,
+    expand,
+    target,
+)
+from dalle2_video.diffusion.schedule import CosineSchedule, alpha_sigma
+
+Weight = Literal["eps", "x0", "v", "min_snr"]
+MIN_SNR_GAMMA = 5.0
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Schedule, prediction and loss weight of one diffusion model.
+
+    prediction: what the network outputs. loss: whose plain squared error the loss is.
+    max_weight: upper limit of the factor on the squared error of x0 (100 is sigma clamped at 0.1).
+    """
+
+    prediction: Prediction = "v"
+    loss: Weight = "v"
+    max_weight: float = 1e4
+    log_snr_min: float = -10.0
+    log_snr_max: float = 10.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction '{self.prediction}' is none of {', '.join(PREDICTIONS)}")
+        if self.loss not in get_args(Weight):
+            raise ValueError(f"loss '{self.loss}' is none of {', '.join(get_args(Weight))}")
+
+    @property
+    def schedule(self) -> CosineSchedule:
+        return CosineSchedule(self.log_snr_min, self.log_snr_max, self.shift)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A clip (or embedding) with noise: what goes into the network and what should come out."""
+
+    z: Tensor  # (B, ...)
+    log_snr: Tensor  # (B,)
+    target: Tensor  # (B, ...)
+
+
+def add_noise(config: DiffusionConfig, x0: Tensor, t: Tensor, eps: Tensor) -> Noised:
+    """Noise x0 (B, ...) to times t (B,) in [0, 1] with eps (B, ...); all float32."""
+    log_snr = config.schedule.log_snr(t)
+    alpha, sigma = (expand(a, x0) for a in alpha_sigma(log_snr))
+    return Noised(
+        alpha * x0 + sigma * eps, log_snr, target(config.prediction, x0, eps, log_snr)
+    )
+
+
+def loss_weight(config: DiffusionConfig, log_snr: Tensor) -> Tensor:
+    """Factor (B,) on the squared error of the network's own prediction."""
+    if config.loss == config.prediction and config.max_weight >= 1e4:
+        return torch.ones_like(log_snr)
+    if config.loss == "min_snr":
+        on_x0 = torch.exp(log_snr).clamp(max=MIN_SNR_GAMMA)
+    else:
+        on_x0 = error_scale(config.loss, log_snr)
+    return on_x0.clamp(max=config.max_weight) / error_scale(config.prediction, log_snr)
+
+
+def per_sample_loss(config: DiffusionConfig, prediction: Tensor, noised: Noised) -> Tensor:
+    """Weighted mean squared error (B,), computed in float32 whatever the network's precision."""
+    error = (prediction.float() - noised.target).square().flatten(1).mean(1)
+    return loss_weight(config, noised.log_snr) * error

@@ -1,0 +1,113 @@
+"""Factorized space-time attention (Ho et al. 2022, 2204.03458, section 3) and attention to conditions.
+
+Spatial attention: each frame by itself. Temporal attention: each position by itself, over the frames,
+with a learned relative position bias (T5 buckets). Cross attention: every position to the tokens of the
+condition. Each is a pre-norm residual branch on (B, F, H, W, C) whose output starts at zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle2_video.models.layers import zero_init
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(N, T, C) -> (N, heads, T, head_dim)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int, mask: Tensor | None = None) -> Tensor:
+    """Multi-head attention of (N, T, C) queries; mask broadcasts to (N, heads, T, S): bool or bias."""
+    q, k, v = (split_heads(a, head_dim) for a in (q, k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+class RelativePositionBias(nn.Module):
+    """Learned bias per head and bucket of the distance between frames (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets are for the past, half for the future; within a half the first half are exact
+    distances, the rest logarithmic up to `max_distance`. Any number of frames.
+    """
+
+    def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        self.buckets, self.max_distance = buckets, max_distance
+        self.bias = nn.Embedding(buckets, heads)
+        nn.init.normal_(self.bias.weight, std=0.02)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Bucket index of key position minus query position, int64."""
+        half = self.buckets // 2
+        exact = half // 2
+        far = distance.abs().clamp(min=1).float()
+        log = exact + (
+            torch.log(far / exact) / math.log(self.max_distance / exact) * (half - exact)
+        ).long().clamp(min=0, max=half - exact - 1)
+        near = distance.abs()
+        return torch.where(distance > 0, half, 0) + torch.where(near < exact, near, log)
+
+    def forward(self, frames: int, device: torch.device) -> Tensor:
+        """(heads, frames, frames), query by key."""
+        position = torch.arange(frames, device=device)
+        return self.bias(self.bucket(position[None, :] - position[:, None])).permute(2, 0, 1)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the positions of each frame."""
+
+    def __init__(self, dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = zero_init(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, h, w, c = x.shape
+        q, k, v = self.to_qkv(self.norm(x)).reshape(b * f, h * w, 3 * c).chunk(3, dim=-1)
+        return x + self.to_out(attend(q, k, v, self.head_dim)).reshape(x.shape)
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention over the frames at each position, with relative position bias."""
+
+    def __init__(self, dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.position_bias = RelativePositionBias(dim // head_dim)
+        self.to_out = zero_init(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, h, w, c = x.shape
+        tokens = self.norm(x).reshape(b, f, h * w, c).transpose(1, 2).flatten(0, 1)
+        q, k, v = self.to_qkv(tokens).chunk(3, dim=-1)
+        bias = self.position_bias(f, x.device)
+        out = self.to_out(attend(q, k, v, self.head_dim, bias[None]))
+        return x + out.reshape(b, h * w, f, c).transpose(1, 2).reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Attention of every position to the condition's tokens (B, N, context_dim), mask (B, N) bool."""
+
+    def __init__(self, dim: int, context_dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.to_out = zero_init(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        q = self.to_q(self.norm(x)).flatten(1, 3)
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        out = attend(q, k, v, self.head_dim, mask[:, None, None, :])
+        return x + self.to_out(out).reshape(x.shape)

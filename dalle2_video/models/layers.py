@@ -1,0 +1,130 @@
+"""Small blocks that the networks share. Clips inside a network are channels-last: (B, F, H, W, C).
+
+A 2D convolution sees (B F, C, H, W) as a free view in torch's channels_last format, attention sees
+tokens (..., C) without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sines and cosines (..., dim) float32 of x (...), as in Vaswani et al. 2017."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, device=x.device, dtype=torch.float32) / half
+    )
+    angles = x.float()[..., None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class LogSNREmbedding(nn.Module):
+    """log-SNR (B,) -> (B, dim): sines and cosines, then an MLP."""
+
+    def __init__(self, dim: int, frequencies: int = 64) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        # 50 spreads log-SNRs of about [-10, 10] over the periods
+        return self.mlp(sinusoidal(50.0 * log_snr, self.frequencies))
+
+
+def zero_init(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """The same module with weights and bias at zero, so that its branch starts as nothing."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class SpatialConv(nn.Conv2d):
+    """A 1 x k x k convolution on (B, F, H, W, C); VDM section 3 (every 2D kernel becomes 1 x k x k)."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: int = 3) -> None:
+        super().__init__(dim_in, dim_out, kernel, padding=kernel // 2)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, frames = x.shape[:2]
+        y = super().forward(x.flatten(0, 1).permute(0, 3, 1, 2))
+        return y.permute(0, 2, 3, 1).unflatten(0, (batch, frames))
+
+
+class AdaptiveNorm(nn.Module):
+    """Layer norm over channels, scaled and shifted by a condition (B, cond_dim); identity scale at init."""
+
+    def __init__(self, dim: int, cond_dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.to_scale_shift = zero_init(nn.Linear(cond_dim, 2 * dim))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale, shift = self.to_scale_shift(cond).chunk(2, dim=-1)
+        shape = (x.shape[0], *([1] * (x.ndim - 2)), self.dim)
+        x = F.layer_norm(x, (self.dim,))
+        return torch.addcmul(shift.reshape(shape), x, 1 + scale.reshape(shape))
+
+
+class ResBlock(nn.Module):
+    """Residual block of two 1x3x3 convolutions with adaptive norm (Dhariwal & Nichol 2021).
+
+    The condition enters at the second norm. The last convolution starts at zero.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, cond_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim_in)
+        self.conv1 = SpatialConv(dim_in, dim_out)
+        self.norm2 = AdaptiveNorm(dim_out, cond_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = SpatialConv(dim_out, dim_out)
+        zero_init(self.conv2)
+        self.skip = nn.Linear(dim_in, dim_out) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h, cond))))
+        return self.skip(x) + h
+
+
+class Downsample(nn.Module):
+    """Halves H and W: space to channels, then a linear layer."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4 * dim_in, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(space_to_channels(x, 2))
+
+
+class Upsample(nn.Module):
+    """Doubles H and W: a linear layer, then channels to space."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 4 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_to_space(self.proj(x), 2)
+
+
+def space_to_channels(x: Tensor, patch: int) -> Tensor:
+    """(B, F, H, W, C) -> (B, F, H/p, W/p, p p C)."""
+    b, f, h, w, c = x.shape
+    x = x.reshape(b, f, h // patch, patch, w // patch, patch, c)
+    return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(b, f, h // patch, w // patch, patch * patch * c)
+
+
+def channels_to_space(x: Tensor, patch: int) -> Tensor:
+    """(B, F, H, W, p p C) -> (B, F, H p, W p, C); the inverse of `space_to_channels`."""
+    b, f, h, w, c = x.shape
+    x = x.reshape(b, f, h, w, patch, patch, c // patch**2)
+    return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(b, f, h * patch, w * patch, c // patch**2)

@@ -1,0 +1,196 @@
+"""Text towers from open_clip: a pretrained one (frozen by default) or a small one to be trained.
+
+Both are open_clip's causal TextTransformer (Radford et al. 2021, arXiv 2103.00020, section 2.4).
+It is run here piece by piece, because its own forward fails on lines shorter than its context, and
+returns states only under a flag that changes its return type. Under the causal mask nothing after
+EOT reaches a token up to EOT, so a batch of lines trimmed to its longest gives the same numbers.
+
+U lines, T tokens, W tower width, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple, cast
+
+import open_clip
+import torch
+from open_clip.transformer import TextTransformer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+CONTEXT_LENGTH = 77
+VOCAB_SIZE = 49408  # open_clip's SimpleTokenizer; its last entry is EOT
+EOT = VOCAB_SIZE - 1
+LOAD_ERRORS = (RuntimeError, OSError, EOFError, KeyError, UnpicklingError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class TrainedTextConfig:
+    """A text tower trained from scratch together with the video tower."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+
+
+@dataclass(frozen=True)
+class PretrainedTextConfig:
+    """The text tower of an open_clip model.
+
+    name: open_clip model name, such as ViT-B-32 (ViT-B-32-quickgelu for OpenAI's weights).
+    weights: path of a checkpoint of that whole model, or a tag that open_clip knows for the name.
+    frozen: not trained, and not part of our checkpoints.
+    sha256: of the tower's weights (`weights_sha256`); where given, other weights are an error.
+    """
+
+    name: str
+    weights: str
+    frozen: bool = True
+    sha256: str | None = None
+
+
+class LineFeatures(NamedTuple):
+    """embedding (U, D) float32, not normalised; states (U, T, W) after ln_final; length (U,).
+
+    length counts SOT and EOT; states at and beyond it mean nothing.
+    """
+
+    embedding: Tensor
+    states: Tensor
+    length: Tensor
+
+
+class TextTower(nn.Module):
+    """tokens (U, T <= 77) int64 -> LineFeatures.
+
+    A frozen tower stays in eval mode whatever `train()` says and builds no graph.
+    Raises ValueError where a line is longer than the context or has no EOT.
+    """
+
+    def __init__(self, transformer: TextTransformer, frozen: bool) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.frozen = frozen
+        if frozen:
+            self.requires_grad_(False)
+            self.eval()
+
+    @property
+    def width(self) -> int:
+        """W, the width of the token states."""
+        return self.transformer.width
+
+    def train(self, mode: bool = True) -> TextTower:
+        return super().train(mode and not self.frozen)
+
+    def forward(self, tokens: Tensor) -> LineFeatures:
+        if tokens.ndim != 2 or tokens.shape[1] > CONTEXT_LENGTH:
+            shape = tuple(tokens.shape)
+            raise ValueError(f"tokens: expected (U, T <= {CONTEXT_LENGTH}), got {shape}")
+        is_end = tokens == EOT
+        if not bool(is_end.any(dim=1).all()):
+            lines = (~is_end.any(dim=1)).nonzero().flatten().tolist()
+            raise ValueError(f"tokens: lines {lines} have no end token ({EOT})")
+        end = is_end.int().argmax(dim=1)  # the first EOT
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            states = self._states(tokens)
+            pooled = states[torch.arange(len(tokens), device=tokens.device), end]
+            return LineFeatures(self._project(pooled).float(), states, end + 1)
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        t, length = self.transformer, tokens.shape[1]
+        mask = cast(Tensor, t.attn_mask)[:length, :length]
+        x = t.token_embedding(tokens) + t.positional_embedding[:length]
+        return t.ln_final(t.transformer(x, attn_mask=mask))
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        projection = self.transformer.text_projection
+        if projection is None:
+            return pooled
+        if isinstance(projection, nn.Linear):
+            return projection(pooled)
+        return pooled @ projection
+
+
+def trained_tower(config: TrainedTextConfig, embed_dim: int) -> TextTower:
+    """A new tower with open_clip's initialisation."""
+    transformer = TextTransformer(
+        context_length=CONTEXT_LENGTH,
+        vocab_size=VOCAB_SIZE,
+        width=config.width,
+        heads=config.heads,
+        layers=config.layers,
+        mlp_ratio=config.mlp_ratio,
+        output_dim=embed_dim,
+    )
+    return TextTower(transformer, frozen=False)
+
+
+def pretrained_tower(config: PretrainedTextConfig, embed_dim: int, load: bool = True) -> TextTower:
+    """The text part of an open_clip model; its image tower is dropped.
+
+    load: False builds the architecture only, for a tower whose weights come from our checkpoint.
+    Raises FileNotFoundError (no such file or tag), ValueError (unknown name, weights that do not
+    fit, another sha256 or embedding dimension, a tower that is no causal one with 77 tokens).
+    """
+    where = f"open_clip text tower {config.name}"
+    if open_clip.get_model_config(config.name) is None:
+        raise ValueError(f"{where}: open_clip knows no model of this name")
+    tags = open_clip.list_pretrained_tags_by_model(config.name)
+    if load and config.weights not in tags and not Path(config.weights).is_file():
+        known = ", ".join(tags) or "none"
+        raise FileNotFoundError(f"{config.weights}: no such file, and no tag of {where} ({known})")
+    try:
+        model = open_clip.create_model(
+            config.name,
+            pretrained=config.weights if load else None,
+            force_custom_text=True,
+            require_pretrained=load,
+        )
+    except LOAD_ERRORS as error:
+        raise ValueError(f"{config.weights}: no weights for {where} ({error})") from error
+    transformer = getattr(model, "text", None)
+    _check(transformer, embed_dim, where)
+    tower = TextTower(cast(TextTransformer, transformer), config.frozen)
+    if load and config.sha256 and config.sha256 != weights_sha256(tower):
+        raise ValueError(
+            f"{config.weights}: other weights than those this model was trained with "
+            f"(text tower sha256 {weights_sha256(tower)[:16]}..., needed {config.sha256[:16]}...)"
+        )
+    return tower
+
+
+def _check(transformer: object, embed_dim: int, where: str) -> None:
+    if not isinstance(transformer, TextTransformer):
+        raise ValueError(f"{where}: not open_clip's own text transformer; choose another model")
+    vocab, context = transformer.vocab_size, transformer.context_length
+    if (vocab, context) != (VOCAB_SIZE, CONTEXT_LENGTH):
+        raise ValueError(
+            f"{where}: has {vocab} tokens and context {context}; the captions' tokenizer has "
+            f"{VOCAB_SIZE} and {CONTEXT_LENGTH}"
+        )
+    if transformer.attn_mask is None or transformer.cls_emb is not None:
+        raise ValueError(f"{where}: attends to padding; a causal tower that pools at EOT is needed")
+    if transformer.pool_type not in ("argmax", "eos"):
+        raise ValueError(f"{where}: pools at {transformer.pool_type!r}, not at EOT")
+    width = transformer.output_dim if transformer.text_projection is not None else transformer.width
+    if width != embed_dim:
+        raise ValueError(f"{where}: its embeddings have {width} dimensions, not {embed_dim}")
+
+
+def weights_sha256(tower: nn.Module) -> str:
+    """Hex SHA-256 over the names, shapes, types and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,221 @@
+"""Unet3D with factorized space-time attention: the network of every stage of the cascade.
+
+Source: Ho et al. 2022 (2204.03458) section 3; conditions as in DALL-E 2 (Ramesh et al. 2022, section
+2.1): the video embedding is added to the time embedding and given as extra tokens, text by cross
+attention. Deviations: layer norm over channels in place of group norm; a pixel-unshuffle stem (patch);
+an embedding of the frame's place in the clip is added behind the stem; pooled text joins the time
+embedding (Imagen, Saharia et al. 2022). B batch, F frames, H W, C channels, N text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle2_video.models.attention import CrossAttention, SpatialAttention, TemporalAttention
+from dalle2_video.models.layers import (
+    AdaptiveNorm,
+    Downsample,
+    LogSNREmbedding,
+    ResBlock,
+    SpatialConv,
+    Upsample,
+    channels_to_space,
+    sinusoidal,
+    space_to_channels,
+    zero_init,
+)
+
+
+@dataclass(frozen=True)
+class UnetConfig:
+    """Sizes of a Unet3D.
+
+    image_size, num_frames: of the clips it is trained on. patch: pixel-unshuffle stem (1: none).
+    mults: width of each level over dim; each level has half the resolution of the one before.
+    attention, cross_attention: per level. embedding_dim, text_dim: of the CLIP it is conditioned on.
+    """
+
+    image_size: int = 32
+    num_frames: int = 8
+    channels: int = 3
+    patch: int = 4
+    dim: int = 128
+    mults: tuple[int, ...] = (1, 2)
+    blocks: int = 1
+    attention: tuple[bool, ...] = (True, True)
+    cross_attention: tuple[bool, ...] = (False, True)
+    head_dim: int = 64
+    cond_dim: int = 256
+    embedding_tokens: int = 4
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        levels = len(self.mults)
+        if len(self.attention) != levels or len(self.cross_attention) != levels:
+            raise ValueError(
+                f"attention {self.attention} and cross_attention {self.cross_attention} need one "
+                f"entry per level of mults {self.mults}"
+            )
+        step = self.patch * 2 ** (levels - 1)
+        if self.image_size % step:
+            raise ValueError(f"image_size {self.image_size} is no multiple of {step}")
+        for mult in self.mults:
+            if self.dim * mult % self.head_dim:
+                raise ValueError(f"dim {self.dim} x {mult} is no multiple of {self.head_dim}")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a clip is generated from; a dropped part is replaced by a learned null value.
+
+    embedding: (B, D) l2-normalised video embedding; keep_embedding: (B,) bool.
+    text: (B, N, W) states of the text's tokens; text_mask: (B, N) bool; keep_text: (B,) bool.
+    """
+
+    embedding: Tensor
+    keep_embedding: Tensor
+    text: Tensor
+    text_mask: Tensor
+    keep_text: Tensor
+
+    @staticmethod
+    def of(embedding: Tensor, text: Tensor, text_mask: Tensor) -> Condition:
+        """Everything kept."""
+        keep = torch.ones(len(embedding), dtype=torch.bool, device=embedding.device)
+        return Condition(embedding, keep, text, text_mask, keep)
+
+    def dropped(self) -> Condition:
+        """The same with everything dropped, for the unconditional half of guidance."""
+        none = torch.zeros_like(self.keep_text)
+        return Condition(self.embedding, none, self.text, self.text_mask, none)
+
+    @staticmethod
+    def cat(a: Condition, b: Condition) -> Condition:
+        """Both along the batch; their numbers of tokens must agree."""
+        return Condition(*(torch.cat([x, y]) for x, y in zip(vars(a).values(), vars(b).values())))
+
+
+class ConditionEncoder(nn.Module):
+    """Condition and log-SNR -> (B, cond_dim) for the norms and tokens (B, M + N, cond_dim) with mask."""
+
+    def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
+        super().__init__()
+        dim = config.cond_dim
+        self.tokens = config.embedding_tokens
+        self.scale = embedding_dim**0.5  # a unit vector becomes one of unit variance
+        self.log_snr = LogSNREmbedding(dim)
+        self.null_embedding = nn.Parameter(torch.randn(embedding_dim) / self.scale)
+        self.null_text = nn.Parameter(torch.randn(text_dim) * 0.5)
+        self.embedding = nn.Linear(embedding_dim, dim)
+        self.embedding_to_tokens = nn.Linear(embedding_dim, self.tokens * dim)
+        self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
+        self.pool_score = nn.Linear(dim, 8)
+        self.pool = nn.Linear(8 * dim, dim)
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+
+    def forward(self, log_snr: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = torch.where(
+            condition.keep_embedding[:, None], condition.embedding, self.null_embedding
+        )
+        embedding = embedding * self.scale
+        # a dropped text is one null token
+        first = torch.arange(condition.text.shape[1], device=log_snr.device) == 0
+        keep = condition.keep_text[:, None]
+        text = self.text(torch.where(keep[..., None], condition.text, self.null_text))
+        mask = torch.where(keep, condition.text_mask, first)
+
+        score = self.pool_score(text).masked_fill(~mask[..., None], float("-inf")).softmax(1)
+        pooled = torch.einsum("bnk,bnd->bkd", score, text).flatten(1)
+        cond = self.mlp(self.log_snr(log_snr) + self.embedding(embedding) + self.pool(pooled))
+
+        extra = self.embedding_to_tokens(embedding).unflatten(-1, (self.tokens, -1))
+        tokens = torch.cat([extra.to(text.dtype), text], dim=1)
+        return cond, tokens, F.pad(mask, (self.tokens, 0), value=True)
+
+
+class Block(nn.Module):
+    """Residual block, then spatial, temporal and cross attention where the level has them."""
+
+    def __init__(self, config: UnetConfig, level: int, dim_in: int) -> None:
+        super().__init__()
+        dim = config.dim * config.mults[level]
+        self.res = ResBlock(dim_in, dim, config.cond_dim, config.dropout)
+        attention, cross = config.attention[level], config.cross_attention[level]
+        self.space = SpatialAttention(dim, config.head_dim) if attention else nn.Identity()
+        self.time = TemporalAttention(dim, config.head_dim) if attention else nn.Identity()
+        self.cross = CrossAttention(dim, config.cond_dim, config.head_dim) if cross else None
+
+    def forward(self, x: Tensor, cond: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = self.time(self.space(self.res(x, cond)))
+        return x if self.cross is None else self.cross(x, tokens, mask)
+
+
+class Unet3D(nn.Module):
+    """Noisy clip, log-SNR and condition -> prediction of the clip's shape.
+
+    Starts by predicting zero. Cost: attention is quadratic in H W within a frame and in F across
+    frames, never in F H W. Runs at any number of frames.
+    """
+
+    def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        levels = range(len(config.mults))
+        dims = [config.dim * m for m in config.mults]
+        patch_dim = config.channels * config.patch**2
+        self.condition = ConditionEncoder(config, embedding_dim, text_dim)
+        self.stem = SpatialConv(patch_dim, dims[0])
+        self.frame_position = nn.Linear(32, dims[0])
+        self.down = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        skips = [dims[0]]
+        for level in levels:
+            self.down.append(
+                nn.ModuleList(Block(config, level, dims[level]) for _ in range(config.blocks))
+            )
+            skips += [dims[level]] * config.blocks
+            if level != levels[-1]:
+                self.downsample.append(Downsample(dims[level], dims[level + 1]))
+                skips.append(dims[level + 1])
+        self.middle = Block(config, levels[-1], dims[-1])
+        self.up = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        for level in reversed(levels):
+            self.up.append(
+                nn.ModuleList(
+                    Block(config, level, dims[level] + skips.pop())
+                    for _ in range(config.blocks + 1)
+                )
+            )
+            if level > 0:
+                self.upsample.append(Upsample(dims[level], dims[level - 1]))
+        self.norm = AdaptiveNorm(dims[0], config.cond_dim)
+        self.out = SpatialConv(dims[0], patch_dim)
+        zero_init(self.out)
+
+    def forward(self, z: Tensor, log_snr: Tensor, condition: Condition) -> Tensor:
+        """z (B, C, F, H, W), log_snr (B,) -> (B, C, F, H, W) in the dtype of z."""
+        cond, tokens, mask = self.condition(log_snr, condition)
+        x = self.stem(space_to_channels(z.permute(0, 2, 3, 4, 1), self.config.patch))
+        frame = sinusoidal(torch.arange(z.shape[2], device=z.device), 32, 100.0)
+        x = x + self.frame_position(frame)[None, :, None, None]
+        skips = [x]
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                x = block(x, cond, tokens, mask)
+                skips.append(x)
+            if level < len(self.downsample):
+                x = self.downsample[level](x)
+                skips.append(x)
+        x = self.middle(x, cond, tokens, mask)
+        for level, blocks in enumerate(self.up):
+            for block in blocks:
+                x = block(torch.cat([x, skips.pop()], dim=-1), cond, tokens, mask)
+            if level < len(self.upsample):
+                x = self.upsample[level](x)
+        x = self.out(F.silu(self.norm(x, cond)))
+        return channels_to_space(x, self.config.patch).permute(0, 4, 1, 2, 3).to(z.dtype)

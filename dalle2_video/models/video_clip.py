@@ -1,0 +1,181 @@
+"""Video CLIP: a ViViT video tower and an open_clip text tower in one embedding space.
+
+A clip's text is a SET of lines. Its embedding is the normalised mean of the lines' normalised
+embeddings; its states are the lines' token states one after the other, with no position across
+lines. So the order of the lines does not matter, and nothing that a line says is cut off.
+
+B clips, L line slots of a clip, U unique lines of the batch, T tokens of a line, N packed tokens
+of a set, D embedding dimension, W width of the text tower; video is (B, 3, F, H, W).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle2_video.models.text_tower import (
+    LineFeatures,
+    PretrainedTextConfig,
+    TrainedTextConfig,
+    pretrained_tower,
+    trained_tower,
+    weights_sha256,
+)
+from dalle2_video.models.vivit import VideoTower, VideoTowerConfig
+
+LOGIT_SCALE_INIT = math.log(1 / 0.07)  # Radford et al. 2021, section 2.5
+LOGIT_SCALE_MAX = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class VideoCLIPConfig:
+    """embed_dim: D, the dimension that both towers project to."""
+
+    embed_dim: int
+    video: VideoTowerConfig
+    text: TrainedTextConfig | PretrainedTextConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values that `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> VideoCLIPConfig:
+        """The inverse of `to_dict`; a text section with a `name` is a pretrained tower."""
+        video = dict(values["video"])
+        video["patch"] = tuple(video["patch"])
+        text = values["text"]
+        kind = PretrainedTextConfig if "name" in text else TrainedTextConfig
+        return VideoCLIPConfig(values["embed_dim"], VideoTowerConfig(**video), kind(**text))
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """embedding (B, D) float32, l2-normalised; states (B, N, W), 0 where mask (B, N) is False."""
+
+    embedding: Tensor
+    states: Tensor
+    mask: Tensor
+
+
+class ClipOutput(NamedTuple):
+    """video, text (B, D) float32, l2-normalised; logit_scale (1,): the factor, exp already taken.
+
+    A tuple, because the hooks of FSDP and ZeRO-3 find tensors in tuples but not in dataclasses.
+    """
+
+    video: Tensor
+    text: Tensor
+    logit_scale: Tensor
+
+
+class VideoCLIP(nn.Module):
+    """Both towers and the logit scale.
+
+    `log_logit_scale` has shape (1,), since FSDP2 refuses parameters without a dimension. It is
+    clamped to [0, log 100] where it is used.
+    """
+
+    def __init__(self, config: VideoCLIPConfig, load_pretrained: bool = True) -> None:
+        super().__init__()
+        self.video = VideoTower(config.video, config.embed_dim)
+        if isinstance(config.text, PretrainedTextConfig):
+            text = config.text
+            self.text = pretrained_tower(text, config.embed_dim, text.frozen or load_pretrained)
+            text = dataclasses.replace(text, sha256=text.sha256 or weights_sha256(self.text))
+            config = dataclasses.replace(config, text=text)
+        else:
+            self.text = trained_tower(config.text, config.embed_dim)
+        self.config = config  # with the pretrained tower's sha256 filled in
+        self.log_logit_scale = nn.Parameter(torch.full((1,), LOGIT_SCALE_INIT))
+
+    @property
+    def embed_dim(self) -> int:
+        """D."""
+        return self.config.embed_dim
+
+    @property
+    def text_width(self) -> int:
+        """W, the width of `TextEncoding.states`."""
+        return self.text.width
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """(1,): the factor on the cosines, in [1, 100]."""
+        return self.log_logit_scale.clamp(0.0, LOGIT_SCALE_MAX).exp()
+
+    def keeps(self, name: str) -> bool:
+        """Whether our checkpoints hold this entry of the state: all but a frozen text tower."""
+        return not (self.text.frozen and name.startswith("text."))
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """(B, 3, F, H, W) float [-1, 1] -> (B, D) float32, l2-normalised."""
+        return F.normalize(self.video(video), dim=-1)
+
+    def encode_text(self, tokens: Tensor, line_index: Tensor) -> TextEncoding:
+        """tokens (U, T) int64, each line once; line_index (B, L) int64 into U, -1 = no line.
+
+        Raises ValueError where a clip has no line at all.
+        """
+        lines = self.text(tokens)
+        states, mask = pack_states(lines, line_index)
+        return TextEncoding(set_embedding(lines.embedding, line_index), states, mask)
+
+    def forward(self, video: Tensor, tokens: Tensor, line_index: Tensor) -> ClipOutput:
+        """Embeddings of a batch of clips and of their texts; states are not packed here."""
+        text = set_embedding(self.text(tokens).embedding, line_index)
+        return ClipOutput(self.encode_video(video), text, self.logit_scale)
+
+
+def set_embedding(embedding: Tensor, line_index: Tensor) -> Tensor:
+    """Line embeddings (U, D), line_index (B, L) -> (B, D): normalised mean of normalised lines."""
+    present = line_index >= 0
+    if not bool(present.any(dim=1).all()):
+        empty = (~present.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"line_index: clips {empty} of the batch have no line of text")
+    lines = F.normalize(embedding.float(), dim=-1)
+    picked = lines[line_index.clamp(min=0)] * present.unsqueeze(-1)  # (B, L, D)
+    return F.normalize(picked.sum(dim=1), dim=-1)  # the sum and the mean point the same way
+
+
+def pack_states(lines: LineFeatures, line_index: Tensor) -> tuple[Tensor, Tensor]:
+    """The states of each set's lines up to EOT, one after the other: (B, N, W) and mask (B, N).
+
+    N is the number of tokens of the longest set of the batch.
+    """
+    states, length = lines.states, lines.length
+    index = line_index.clamp(min=0)
+    ends = (length[index] * (line_index >= 0)).cumsum(dim=1)  # (B, L), exclusive end of each slot
+    n = int(ends[:, -1].max())
+    position = torch.arange(n, device=index.device).expand(len(index), n).contiguous()
+    mask = position < ends[:, -1:]
+    slot = torch.searchsorted(ends, position, right=True).clamp(max=index.shape[1] - 1)
+    line = index.gather(1, slot)  # (B, N)
+    start = ends.gather(1, slot) - length[line]
+    token = torch.where(mask, position - start, 0)
+    return states[line, token] * mask.unsqueeze(-1), mask
+
+
+def load_clip(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> VideoCLIP:
+    """A VideoCLIP in eval mode, without gradients, from what a model file of kind "clip" holds.
+
+    A frozen pretrained text tower is rebuilt from its name and weights (`PretrainedTextConfig`).
+    Raises FileNotFoundError or ValueError where those are missing or others than in training, or
+    where the state does not fit the config.
+    """
+    model = VideoCLIP(VideoCLIPConfig.from_dict(config), load_pretrained=False)
+    result = model.load_state_dict(dict(state), strict=False)
+    missing = [name for name in result.missing_keys if model.keeps(name)]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"clip weights do not fit their config: missing {missing[:3]}, "
+            f"not in the model {result.unexpected_keys[:3]}"
+        )
+    return model.eval().requires_grad_(False)

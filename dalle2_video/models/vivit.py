@@ -1,0 +1,140 @@
+"""ViViT, the factorised encoder (Arnab et al. 2021, arXiv 2103.15691, section 3.3, model 2).
+
+A spatial transformer sees the patches of one tubelet index at a time; a temporal transformer then
+sees one vector per tubelet index. Each has its own CLS token and its own learned positions.
+Deviations: blocks are pre-norm with one fused qkv product; the embedding is a linear layer on
+rearranged patches (the same map as the paper's 3D convolution), initialised at random.
+
+B batch, F frames, T tubelet indices = F / tubelet, N patches of a tubelet index, W width, D output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VideoTowerConfig:
+    """image_size: side in pixels; patch (h, w) in pixels; tubelet: frames that one token spans."""
+
+    image_size: int
+    num_frames: int
+    patch: tuple[int, int]
+    tubelet: int
+    width: int
+    spatial_layers: int
+    temporal_layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        sides = [("height of patch", self.patch[0]), ("width of patch", self.patch[1])]
+        for name, part in sides:
+            if part < 1 or self.image_size % part:
+                raise ValueError(f"{name} {part} does not divide image_size {self.image_size}")
+        if self.tubelet < 1 or self.num_frames % self.tubelet:
+            raise ValueError(f"tubelet {self.tubelet} does not divide num_frames {self.num_frames}")
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+
+    @property
+    def num_patches(self) -> int:
+        """N, patches of one tubelet index."""
+        return (self.image_size // self.patch[0]) * (self.image_size // self.patch[1])
+
+    @property
+    def num_tubelets(self) -> int:
+        """T, tubelet indices."""
+        return self.num_frames // self.tubelet
+
+
+class Attention(nn.Module):
+    """Self-attention without a mask."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (c h d) -> c b h n d", c=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ClsTransformer(nn.Module):
+    """(B, N, W) -> (B, W): prepends a CLS token, adds positions, returns the CLS token's state."""
+
+    def __init__(self, num_tokens: int, width: int, layers: int, heads: int, ratio: float) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.empty(1, width))
+        self.positions = nn.Parameter(torch.empty(1 + num_tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(layers))
+        nn.init.normal_(self.cls, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cls = self.cls.expand(x.shape[0], 1, -1).to(x.dtype)
+        x = torch.cat([cls, x], dim=1) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 0]
+
+
+class VideoTower(nn.Module):
+    """(B, 3, F, H, W) float [-1, 1] -> (B, D) float32, not normalised.
+
+    Raises ValueError where the clip's size is not the configured one: positions are learned.
+    """
+
+    def __init__(self, config: VideoTowerConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.embed = nn.Linear(3 * c.tubelet * c.patch[0] * c.patch[1], c.width)
+        layers = (c.spatial_layers, c.temporal_layers)
+        self.spatial = ClsTransformer(c.num_patches, c.width, layers[0], c.heads, c.mlp_ratio)
+        self.temporal = ClsTransformer(c.num_tubelets, c.width, layers[1], c.heads, c.mlp_ratio)
+        self.norm = nn.LayerNorm(c.width)
+        self.project = nn.Linear(c.width, embed_dim, bias=False)
+
+    def forward(self, video: Tensor) -> Tensor:
+        c = self.config
+        expected = (3, c.num_frames, c.image_size, c.image_size)
+        if video.ndim != 5 or tuple(video.shape[1:]) != expected:
+            shape = tuple(video.shape)
+            raise ValueError(
+                f"video tower: expected (B, C, F, H, W) = (B, *{expected}), got {shape}"
+            )
+        patches = rearrange(
+            video,
+            "b c (f t) (h p) (w q) -> (b f) (h w) (c t p q)",
+            t=c.tubelet,
+            p=c.patch[0],
+            q=c.patch[1],
+        )
+        x = self.spatial(self.embed(patches))  # (B T, W)
+        x = self.temporal(rearrange(x, "(b f) w -> b f w", f=c.num_tubelets))  # (B, W)
+        return self.project(self.norm(x)).float()

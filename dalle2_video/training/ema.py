@@ -1,0 +1,67 @@
+"""Exponential moving average of the trainable weights, on this rank's shards alone.
+
+Half-life in clips with a ramp-up, as EDM's training loop (Karras et al. 2022, Appendix F.2): early
+weights are forgotten quickly, so short runs are served too. The shards keep float32 whatever the
+precision of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dalle2_video.training.shards import Shards
+
+
+def ema_decay(clips: int, batch: int, halflife: float, rampup: float) -> float:
+    """Share of the old average that stays after a step of `batch` clips.
+
+    0.5 ** (batch / min(halflife, rampup * clips)), `clips` seen before the step; 0 at the start.
+    """
+    effective = min(halflife, rampup * clips)
+    return 0.5 ** (batch / effective) if effective > 0 else 0.0
+
+
+class Ema:
+    """Average of every trainable parameter; starts as a copy of the weights."""
+
+    def __init__(self, shards: Shards, halflife_clips: float, rampup: float):
+        self.shards = shards
+        self.halflife_clips = halflife_clips
+        self.rampup = rampup
+        self.average = {n: shards.local(n).float().clone() for n in shards.trainable}
+
+    @torch.no_grad()
+    def update(self, clips: int, batch: int) -> None:
+        """Move towards the weights after a step of `batch` clips that began at `clips` clips."""
+        decay = ema_decay(clips, batch, self.halflife_clips, self.rampup)
+        averages = [self.average[n] for n in self.shards.trainable]
+        weights = [self.shards.local(n) for n in self.shards.trainable]
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model computes with the average inside, with its own weights again after. Collective.
+
+        Its own weights come back bit for bit.
+        """
+        own = {n: self.shards.local(n).clone() for n in self.shards.trainable}
+        self.shards.write(self.average)
+        try:
+            yield
+        finally:
+            self.shards.write(own)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Full float32 CPU tensors by parameter name. Collective."""
+        return {n: self.shards.gather(n, t).cpu() for n, t in self.average.items()}
+
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's shards from full tensors; the names must be the trainable ones."""
+        if set(state) != set(self.average):
+            differing = sorted(set(state) ^ set(self.average))[:4]
+            raise ValueError(f"the EMA of the checkpoint differs in {', '.join(differing)}")
+        self.average = {n: self.shards.scatter(n, state[n]) for n in self.average}

@@ -1,0 +1,51 @@
+"""AdamW over every trainable parameter, and the learning rate as a pure function of progress."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from dalle2_video.training.stage import TrainConfig
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Every parameter with requires_grad, once: matrices with decay, vectors and scalars without.
+
+    Raises ValueError when the model has nothing to train.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) over `param_groups`."""
+    return torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas)
+
+
+def lr_factor(clips: int, progress: float, warmup_clips: int, schedule: str) -> float:
+    """Factor in [0, 1] on the learning rate of the step that ends at `clips` clips seen.
+
+    progress in [0, 1]: the share of the run (of its clips, or of its minutes) that is done when
+    the step begins. A linear warm-up over `warmup_clips` multiplies 1 (constant) or
+    (1 + cos(pi progress)) / 2 (cosine, Loshchilov & Hutter 2017, eq. 5, to zero, no restart).
+    """
+    warmup = min(1.0, clips / warmup_clips) if warmup_clips else 1.0
+    if schedule == "constant":
+        return warmup
+    if schedule == "cosine":
+        return warmup * 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    raise ValueError(f"lr_schedule must be constant or cosine, got {schedule!r}")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same learning rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
