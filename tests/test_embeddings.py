@@ -1,4 +1,4 @@
-"""The cache pairs by key, not by position, and refuses another CLIP, a missing clip, another order."""
+"""The cache pairs by key, not position; another CLIP, a missing clip, another order are errors."""
 
 import pytest
 import torch

@@ -3,7 +3,7 @@
 The order of training is a function of (seed, global clip counter): counter // n is the epoch, and
 each epoch is its own permutation. A micro-batch is named by its counters alone, so any rank, worker
 or resumed run that asks for the same counters gets the same frames and the same captions.
-Evaluation goes once over a split in index order. Embeddings are found by clip key, never by position.
+Evaluation goes once over a split in index order. Embeddings are found by clip key, never by place.
 
 Letters: B clips, F frames, H W pixels, U unique caption lines, L lines per clip, T tokens, D width.
 """
@@ -30,7 +30,7 @@ class Embeddings(Protocol):
 
 
 class ClipOrder:
-    """counter -> position in 0 .. num_clips - 1: every clip once per epoch, a new order each epoch."""
+    """counter -> 0 .. num_clips - 1: every clip once per epoch, in a new order each epoch."""
 
     def __init__(self, num_clips: int, seed: int) -> None:
         if num_clips < 1:
@@ -215,8 +215,8 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Endless batches of `batch_size` clips for one rank, from global counter `start_counter` on.
 
-    Global micro-step k covers counters [start + k G, start + (k + 1) G), G = world x batch_size; rank
-    r gets its contiguous slice. So the union over the ranks is the same for any number of them.
+    Global micro-step k covers counters [start + k G, start + (k + 1) G), G = world x batch_size;
+    rank r gets its contiguous slice. So the union over the ranks is the same for any number.
     """
     if not 0 <= rank < world or batch_size < 1 or start_counter < 0:
         raise ValueError(f"no such slice: {rank=} {world=} {batch_size=} {start_counter=}")

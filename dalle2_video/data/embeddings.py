@@ -84,7 +84,7 @@ class EmbeddingCache:
         if missing:
             raise EmbeddingError(
                 f"{self.path}: no embedding of clip {missing[0]} (and of {len(missing) - 1} more "
-                f"of the {len(keys)} clips asked for); has the data changed? run train_clip.py again"
+                f"of the {len(keys)} asked for); has the data changed? run train_clip.py again"
             )
         return self.embeddings[[self._row_of[key] for key in keys]]
 

@@ -16,7 +16,7 @@ from .face_attributes import FaceAttributes
 
 FloatArray = NDArray[np.float32]
 
-TURN, NOD, TILT = math.radians(46), math.radians(30), math.radians(25)
+TURN, NOD, TILT = math.radians(41), math.radians(30), math.radians(25)
 RAMP = 0.14  # fraction of the clip that a turn or tilt takes, there or back
 NOD_PERIOD, TALK_PERIOD = 0.30, 0.23  # fractions of the clip; both span 2 samples of 8 frames
 

@@ -20,7 +20,7 @@ Colour = tuple[float, float, float]
 SKIN: dict[str, Colour] = {
     "light": (0.97, 0.80, 0.69),
     "medium": (0.74, 0.50, 0.34),
-    "dark": (0.44, 0.27, 0.18),
+    "dark": (0.47, 0.29, 0.19),
 }
 EYE_V, BROW_V, MOUTH_V = -0.10, -0.42, 0.62
 
@@ -78,12 +78,15 @@ def _ellipse(du: FloatArray, dv: FloatArray, ru: float, rv: FloatArray | float) 
 
 
 def _eyes(paint, planes, side, v, front) -> None:
-    """White, iris, pupil, glint and lid; frowning and smiling narrow them a little."""
+    """White, iris, pupil and lid; a smile narrows the eyes, a frown drops their outer halves."""
     person, pose = paint.person, paint.pose
+    frown = np.maximum(-pose.smile, 0)
     width = 0.185 * person.eye_size
-    height = (0.125 * person.eye_size) * (1 - 0.25 * np.abs(pose.smile)) * (1 - pose.blink) + 0.004
+    height = (0.125 * person.eye_size) * (1 - 0.2 * np.abs(pose.smile)) * (1 - pose.blink) + 0.004
     du, dv = side - person.eye_spacing, v - EYE_V
-    opening = _ellipse(du, dv, width, height)
+    arch = height * np.sqrt(np.maximum(1 - (du / width) ** 2, 0))
+    lid = np.maximum(-arch, height * (frown * (0.75 + 0.75 * du / width) - 1))
+    opening = np.maximum(_ellipse(du, dv, width, height), lid - dv)
     white = cover(opening, paint.pixel) * front
     _put(
         planes,
@@ -95,9 +98,8 @@ def _eyes(paint, planes, side, v, front) -> None:
     iris = 0.098 * person.eye_size
     _put(planes, person.iris, cover(distance - iris, paint.pixel) * white)
     _put(planes, (0.02, 0.02, 0.02), cover(distance - 0.5 * iris, paint.pixel) * white)
-    lid = np.abs(dv + height * np.sqrt(np.maximum(1 - (du / width) ** 2, 0))) - 0.022
-    lid = np.maximum(lid, np.abs(du) - width * 1.05)
-    _put(planes, (0.10, 0.06, 0.05), cover(lid, paint.pixel) * front)
+    lash = np.maximum(np.abs(dv - lid) - 0.022, np.abs(du) - width * 1.05)
+    _put(planes, (0.10, 0.06, 0.05), cover(lash, paint.pixel) * front)
 
 
 def _brows(paint, planes, side, v, front) -> None:
@@ -119,14 +121,16 @@ def _mouth(paint, planes, u, v, front) -> None:
     width = (0.34 + 0.22 * joy + 0.10 * frown - 0.06 * pose.open) * paint.person.mouth_width
     s = np.clip(u / width, -1, 1)
     dome = 1 - s**2
-    corner = MOUTH_V - 0.19 * joy + 0.17 * frown  # height of the corners
+    corner = MOUTH_V - 0.19 * joy + 0.24 * frown  # height of the corners
     upper = corner + dome * (0.09 * joy - 0.33 * frown - 0.06 * pose.open)
-    lower = corner + dome * (0.42 * joy - 0.20 * frown + (0.36 - 0.14 * joy) * pose.open)
+    lower = corner + dome * (
+        0.42 * joy - 0.20 * frown + (0.36 - 0.14 * joy - 0.10 * frown) * pose.open
+    )
     ends = np.abs(u) - width
     inside = np.maximum(np.maximum(upper - v, v - lower), ends)
     lip = 0.05 + 0.05 * dome * (1 - 0.5 * joy)
     lips = np.maximum(np.maximum(upper - v, v - lower) - lip, ends - 0.03)
-    rose = _mix(paint.skin, (0.78, 0.20, 0.22), 0.62)
+    rose = _mix(paint.skin, (0.86, 0.22, 0.25), 0.72)
     _put(planes, rose, cover(lips, paint.pixel) * front)
     seam = np.maximum(np.abs(v - 0.5 * (upper + lower)) - 0.022, ends)
     _put(planes, (0.20, 0.05, 0.06), cover(np.minimum(seam, inside), paint.pixel) * front)

@@ -30,7 +30,7 @@ CLOTHING = {
 }
 HAIR = {"black": (0.085, 0.07, 0.07), "blond": (0.93, 0.77, 0.34), "red": (0.68, 0.20, 0.06)}
 KEY_LIGHT = {"left": (-0.86, -0.25, 0.44), "right": (0.86, -0.25, 0.44), "front": (0.0, -0.2, 0.98)}
-STRENGTH = {"bright": 1.0, "dim": 0.48}
+STRENGTH = {"bright": 1.0, "dim": 0.52}
 TINT = {"warm": (1.10, 0.90, 0.66), "cold": (0.78, 0.94, 1.16), "neutral": (1.0, 1.0, 1.0)}
 CHUNK_PIXELS = 1 << 17  # frames are rendered in groups of about this many pixels (cache, memory)
 
@@ -183,7 +183,8 @@ def _draw(
     shine = 0.16 * light.specular(head.normal, 5)
     for plane, colour in zip(canvas, albedo, strict=True):
         _blend(plane, colour * shade + shine, head.alpha)
-    _bumps(canvas, skin, person, light, hx, hy, turn, head, pixel)
+    ears = attributes.hair_style != "long"
+    _bumps(canvas, skin, person, light, hx, hy, turn, head, ears, pixel)
     if attributes.hair_style != "bald":
         _hair(canvas, attributes.hair_style, hair, person, light, hx, hy, turn, pixel)
 
@@ -281,7 +282,7 @@ def _neck(canvas, skin, light, x, y, cx, pixel) -> None:
         _blend(plane, tone * shade, alpha)
 
 
-def _bumps(canvas, skin, person, light, hx, hy, turn, head, pixel) -> None:
+def _bumps(canvas, skin, person, light, hx, hy, turn, head, ears, pixel) -> None:
     """Nose and ears: small ellipsoids fixed to the head, hidden where they lie behind it."""
     a, b, d = person.axes
     bumps = [
@@ -289,7 +290,7 @@ def _bumps(canvas, skin, person, light, hx, hy, turn, head, pixel) -> None:
         ((-0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
         ((0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
     ]
-    for centre, axes, tone in bumps:
+    for centre, axes, tone in bumps if ears else bumps[:1]:
         part = ellipsoid(hx, hy, turn, axes, centre, pixel)
         front = np.clip((part.z - head.z) / 0.05 + 1 - head.alpha, 0, 1)
         alpha = part.alpha * front
@@ -309,7 +310,7 @@ def _hair(canvas, style, colour, person, light, hx, hy, turn, pixel) -> None:
     if style == "short":
         line = -0.70 + 0.66 * smoothstep(0.62, 0.25, facing) + 0.5 * smoothstep(0.0, -0.4, facing)
     else:
-        line = -0.74 + 2.3 * smoothstep(0.66, 0.40, facing) - 0.1 * smoothstep(0.9, 1, facing)
+        line = -0.74 + 2.3 * smoothstep(0.60, 0.36, facing) - 0.1 * smoothstep(0.9, 1, facing)
     alpha = shell.alpha * cover(height - line, 1.5 * pixel / a)
     shade = light.shade(shell.normal)
     longitude = np.arctan2(shell.u, shell.w)

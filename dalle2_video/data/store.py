@@ -79,7 +79,7 @@ class Settings:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path`, flushed to disk, if the block ends well."""
+    """A temporary path that becomes `path`, flushed to disk, if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class ShardWriter:
-    """Context that appends clips to videos/<shard>.h5; the shard appears when the block ends well."""
+    """Context that appends clips to videos/<shard>.h5; the shard appears if the block ends well."""
 
     def __init__(self, root: str | os.PathLike[str], shard: str, settings: Settings) -> None:
         self.settings = settings

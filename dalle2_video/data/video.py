@@ -1,4 +1,4 @@
-"""Video in and out: decode by time stamp, crop, resize, encode, and the one change of axes and range.
+"""Video in and out: decode by time stamp, crop, resize, encode; the one change of axes and range.
 
 Frames on disk and in this file are uint8 RGB (F, H, W, 3), 0..255. Networks see float
 (B, C, F, H, W) in [-1, 1]; `to_float` and `to_uint8` are the only way between the two.
@@ -28,6 +28,9 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
 
+from dalle2_video.data.sheet import contact_sheet as contact_sheet
+from dalle2_video.data.sheet import save_sheet as save_sheet
+
 
 class ClipError(ValueError):
     """A clip cannot be used; the message is the cause, as the manifest lists it."""
@@ -35,7 +38,7 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """frames uint8 RGB (F, H, W, 3); times float64 (F,), the time stamp in seconds of each frame."""
+    """frames uint8 RGB (F, H, W, 3); times float64 (F,), each frame's time stamp in seconds."""
 
     frames: np.ndarray
     times: np.ndarray
@@ -279,7 +282,7 @@ def encode_mp4(
 
 def _encode(file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str) -> None:
     rate = Fraction(fps).limit_denominator(1001)
-    # The index goes to the front, for players in a page; that re-reads the file, so it needs a path.
+    # The index goes to the front, for players in a page; that re-reads the file: a path is needed.
     options = {"movflags": "faststart"} if isinstance(file, str) else {}
     with av.open(file, "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate)

@@ -10,6 +10,7 @@ embedding (Imagen, Saharia et al. 2022). B batch, F frames, H W, C channels, N t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +69,7 @@ class UnetConfig:
                 raise ValueError(f"dim {self.dim} x {mult} is no multiple of {self.head_dim}")
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """What a clip is generated from; a dropped part is replaced by a learned null value.
 
     embedding: (B, D) l2-normalised video embedding; keep_embedding: (B,) bool.
@@ -96,7 +96,7 @@ class Condition:
     @staticmethod
     def cat(a: Condition, b: Condition) -> Condition:
         """Both along the batch; their numbers of tokens must agree."""
-        return Condition(*(torch.cat([x, y]) for x, y in zip(vars(a).values(), vars(b).values())))
+        return Condition(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
 
 
 class ConditionEncoder(nn.Module):

@@ -1,0 +1,248 @@
+"""Text to video: text tower -> prior -> base U-Net, with the checkpoints of one run.
+
+Every number that a clip is made from is keyed by (seed, index of the clip), so a clip does not depend on
+the batch that it is sampled in. B clips, F frames, H W, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dalle2_video import keyed
+from dalle2_video.checkpoint import CheckpointError, LoadedModel, file_hash, load_model, load_weights
+from dalle2_video.data.captions import pack_lines, text_to_lines, to_line
+from dalle2_video.data.video import to_uint8
+from dalle2_video.diffusion.guidance import (
+    Denoiser,
+    denoiser,
+    dynamic_threshold,
+    guided,
+    static_threshold,
+)
+from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.sampling import ancestral, ddim
+from dalle2_video.models.prior import Prior, PriorConfig
+from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.models.video_clip import TextEncoding, VideoCLIP, VideoCLIPConfig
+
+Progress = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to sample. guidance scales: 1 is the plain conditional model. prior_draws: embeddings
+    drawn per clip, of which the one nearest to the text is kept (DALL-E 2 draws two)."""
+
+    sampler: Literal["ddim", "ancestral"] = "ddim"
+    steps: int = 25
+    guidance_scale: float = 3.0
+    gamma: float = 0.1
+    threshold: Literal["none", "static", "dynamic"] = "static"
+    prior_steps: int = 25
+    prior_guidance_scale: float = 1.5
+    prior_draws: int = 2
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prior_steps", "prior_draws", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def sample_embeddings(
+    prior: Prior,
+    diffusion: DiffusionConfig,
+    text: TextEncoding,
+    counters: Tensor,
+    config: SampleConfig,
+) -> Tensor:
+    """Video embeddings (B, D) for texts, l2-normalised as in the cache; counters (B,) key the noise.
+
+    Draws `prior_draws` per text with DDIM and keeps the one with the largest dot product with the
+    text embedding (Ramesh et al. 2022, section 2.2).
+    """
+    batch, dim = text.embedding.shape
+    device = text.embedding.device
+    draws = config.prior_draws
+
+    def both(z: Tensor, log_snr: Tensor) -> Tensor:
+        halves = len(z) // batch
+        keep = torch.arange(len(z), device=device) < batch
+        return prior(
+            z,
+            log_snr[:, None].expand(-1, draws),
+            text.states.repeat(halves, 1, 1),
+            text.mask.repeat(halves, 1),
+            text.embedding.repeat(halves, 1),
+            keep,
+        )
+
+    z = keyed.randn((draws, dim), config.seed, counters, "prior", device)
+    denoise = guided(denoiser(both, diffusion.prediction), config.prior_guidance_scale)
+    x0 = ddim(denoise, z, diffusion.schedule.steps(config.prior_steps, device))
+    embeddings = torch.nn.functional.normalize(x0, dim=-1)
+    nearest = torch.einsum("bkd,bd->bk", embeddings, text.embedding).argmax(1)
+    return embeddings[torch.arange(batch, device=device), nearest]
+
+
+def sample_clips(
+    unet: Unet3D,
+    diffusion: DiffusionConfig,
+    condition: Condition,
+    counters: Tensor,
+    config: SampleConfig,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Clips (B, C, F, H, W) float32 about [-1, 1] from conditions; counters (B,) key the noise."""
+    size = unet.config
+    device = condition.embedding.device
+    shape = (size.channels, size.num_frames, size.image_size, size.image_size)
+    two = Condition.cat(condition, condition.dropped())
+
+    def network(z: Tensor, log_snr: Tensor) -> Tensor:
+        return unet(z, log_snr, two if len(z) > len(counters) else condition)
+
+    denoise: Denoiser = denoiser(network, diffusion.prediction)
+    if config.guidance_scale != 1:
+        denoise = guided(denoise, config.guidance_scale)
+    if config.threshold == "static":
+        denoise = static_threshold(denoise)
+    elif config.threshold == "dynamic":
+        denoise = dynamic_threshold(denoise)
+
+    steps = diffusion.schedule.steps(config.steps, device)
+    z = keyed.randn(shape, config.seed, counters, "sample", device)
+    report = None if progress is None else lambda _: progress()
+    if config.sampler == "ddim":
+        return ddim(denoise, z, steps, report)
+    return ancestral(
+        denoise,
+        z,
+        steps,
+        lambda i: keyed.randn(shape, config.seed, counters, f"sample/{i}", device),
+        config.gamma,
+        report,
+    )
+
+
+def load_clip(path: Path) -> tuple[VideoCLIP, LoadedModel]:
+    """The video CLIP of a run, on the CPU, in eval mode; CheckpointError names file and cause."""
+    loaded = load_model(path, "clip")
+    clip = VideoCLIP(VideoCLIPConfig.from_dict(loaded.config), load_pretrained=False)
+    load_weights(clip, loaded, optional=lambda name: not clip.keeps(name))
+    return clip.eval().requires_grad_(False), loaded
+
+
+def load_prior(path: Path) -> tuple[Prior, DiffusionConfig, LoadedModel]:
+    """The prior of a run with its diffusion settings, on the CPU, in eval mode."""
+    loaded = load_model(path, "prior")
+    config = loaded.config
+    prior = Prior(PriorConfig(**config["model"]), config["embedding_dim"], config["text_dim"])
+    load_weights(prior, loaded)
+    return prior.eval().requires_grad_(False), DiffusionConfig(**config["diffusion"]), loaded
+
+
+def load_unet(path: Path, name: str) -> tuple[Unet3D, DiffusionConfig, LoadedModel]:
+    """A U-Net of a run with its diffusion settings, on the CPU, in eval mode."""
+    loaded = load_model(path, name)
+    config = loaded.config
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()}
+    unet = Unet3D(UnetConfig(**sizes), config["embedding_dim"], config["text_dim"])
+    load_weights(unet, loaded)
+    return unet.eval().requires_grad_(False), DiffusionConfig(**config["diffusion"]), loaded
+
+
+class Cascade:
+    """The networks of one run, checked to belong together, ready to sample."""
+
+    def __init__(
+        self,
+        clip: VideoCLIP,
+        prior: tuple[Prior, DiffusionConfig],
+        base: tuple[Unet3D, DiffusionConfig],
+        fps: float,
+        device: torch.device | str = "cpu",
+        precision: Literal["no", "bf16", "fp16"] = "no",
+    ) -> None:
+        self.device = torch.device(device)
+        self.clip = clip.to(self.device)
+        self.prior, self.prior_diffusion = prior[0].to(self.device), prior[1]
+        self.base, self.base_diffusion = base[0].to(self.device), base[1]
+        self.fps = fps
+        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    @classmethod
+    def load(
+        cls,
+        run_dir: str | Path,
+        device: torch.device | str = "cpu",
+        precision: Literal["no", "bf16", "fp16"] = "no",
+    ) -> Cascade:
+        """The EMA weights of runs/<name>/{clip,prior,base}/model.safetensors.
+
+        Raises CheckpointError where a file is missing or damaged, or a stage was trained on another
+        CLIP than the one in the run.
+        """
+        run_dir = Path(run_dir)
+        clip_path = run_dir / "clip" / "model.safetensors"
+        clip, _ = load_clip(clip_path)
+        prior, prior_diffusion, prior_file = load_prior(run_dir / "prior" / "model.safetensors")
+        base, base_diffusion, base_file = load_unet(run_dir / "base" / "model.safetensors", "base")
+        clip_hash = file_hash(clip_path)
+        for file in (prior_file, base_file):
+            if file.meta.get("clip_hash") != clip_hash:
+                raise CheckpointError(
+                    f"{file.path}: trained on the CLIP {file.meta.get('clip_hash')}, but "
+                    f"{clip_path} is {clip_hash}; train this stage again"
+                )
+        fps = base_file.config["fps"]
+        return cls(clip, (prior, prior_diffusion), (base, base_diffusion), fps, device, precision)
+
+    def encode(self, texts: Sequence[str | Sequence[str]]) -> TextEncoding:
+        """Texts, each one string (taken apart at sentences) or a list of lines, as the towers see them."""
+        sets = [[to_line(line) for line in text_to_lines(text)] for text in texts]
+        packed = pack_lines(sets)
+        return self.clip.encode_text(
+            packed.tokens.to(self.device), packed.line_index.to(self.device)
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        texts: Sequence[str | Sequence[str]],
+        config: SampleConfig,
+        first: int = 0,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """One clip per text: uint8 RGB (B, F, H, W, 3) on the CPU.
+
+        Clip i is keyed by (config.seed, first + i). progress is called once per step of a batch;
+        there are `num_steps(len(texts), config)` of them.
+        """
+        clips = []
+        for start in range(0, len(texts), config.batch_size):
+            part = texts[start : start + config.batch_size]
+            counters = torch.arange(first + start, first + start + len(part))
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                text = self.encode(part)
+                embedding = sample_embeddings(
+                    self.prior, self.prior_diffusion, text, counters, config
+                )
+                condition = Condition.of(embedding, text.states.float(), text.mask)
+                video = sample_clips(
+                    self.base, self.base_diffusion, condition, counters, config, progress
+                )
+            clips.append(to_uint8(video).cpu())
+        return torch.cat(clips)
+
+    @staticmethod
+    def num_steps(texts: int, config: SampleConfig) -> int:
+        """How often `sample` calls its progress."""
+        return -(-texts // config.batch_size) * config.steps

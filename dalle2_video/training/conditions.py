@@ -1,0 +1,94 @@
+"""What the prior and the U-Nets share in training: data with embeddings, the frozen CLIP, the draws.
+
+The CLIP's text tower is no part of the trained network: it stands beside it, frozen, in eval mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle2_video import keyed
+from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.dataset import Batch, CelebVTextDataset
+from dalle2_video.data.embeddings import EmbeddingCache
+from dalle2_video.data.store import ClipStore
+from dalle2_video.generate import load_clip
+from dalle2_video.models.video_clip import TextEncoding, VideoCLIP
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The CLIP of a run and the data sets with its embeddings."""
+
+    clip: VideoCLIP
+    clip_hash: str
+    train_set: CelebVTextDataset
+    val_set: CelebVTextDataset
+
+
+def load_conditions(
+    run_dir: str | Path,
+    store: ClipStore,
+    seed: int,
+    captions: CaptionPolicy,
+    load_frames: bool,
+) -> Conditions:
+    """CLIP, embeddings and data of a run.
+
+    Raises CheckpointError or EmbeddingError where the CLIP or its cache is missing or they do not
+    belong together, and EmbeddingError where the cache lacks a clip of the data.
+    """
+    folder = Path(run_dir) / "clip"
+    clip, loaded = load_clip(folder / "model.safetensors")
+    cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
+    sets = [
+        CelebVTextDataset(store, split, seed, policy, cache, load_frames)
+        for split, policy in (("train", captions), ("val", CaptionPolicy(drop=False)))
+    ]
+    for dataset in sets:
+        cache.rows(dataset.keys())
+    return Conditions(clip, loaded.hash, *sets)
+
+
+class TextEncoder:
+    """The frozen text tower, moved to the device of the batch on first use."""
+
+    def __init__(self, clip: VideoCLIP) -> None:
+        self.clip = clip.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> TextEncoding:
+        if self.clip.log_logit_scale.device != batch.tokens.device:
+            self.clip.to(batch.tokens.device)
+        text = self.clip.encode_text(batch.tokens, batch.line_index)
+        return TextEncoding(text.embedding.float(), text.states.float(), text.mask)
+
+
+def draw_times(seed: int, counters: Tensor, stream: str) -> Tensor:
+    """Diffusion times (B,) float32 in [0, 1), equidistributed over any run of global counters.
+
+    The golden-ratio sequence of the counter: low-discrepancy, as VDM's stratified times, yet a pure
+    function of (seed, counter), so independent of ranks and micro-batches.
+    """
+    offset = keyed.key(seed, "offset", stream) / 2**63
+    times = counters.to(torch.float64) * GOLDEN_RATIO + offset
+    return torch.frac(times).float()
+
+
+def keep_masks(drop: Mapping[str, float], seed: int, counters: Tensor) -> tuple[Tensor, Tensor]:
+    """Which samples keep their embedding and their text: two bool (B,).
+
+    drop: probabilities `all` (both at once), `embedding` and `text` (each by itself, independent).
+    So both are dropped at the rate all + (1 - all) embedding text.
+    """
+    u = keyed.rand((3,), seed, counters, "drop")
+    kept = u[:, 0] >= drop["all"]
+    return kept & (u[:, 1] >= drop["embedding"]), kept & (u[:, 2] >= drop["text"])

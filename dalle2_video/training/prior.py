@@ -1,0 +1,86 @@
+"""Training of the prior: its objective, its validation, and its Stage (Ramesh et al. 2022, section 2.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dalle2_video import keyed
+from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.dataset import Batch, eval_loader
+from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
+from dalle2_video.generate import SampleConfig, sample_embeddings
+from dalle2_video.models.prior import Prior, PriorConfig
+from dalle2_video.training.conditions import Conditions, TextEncoder, draw_times
+from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
+
+
+@dataclass(frozen=True)
+class PriorSection:
+    """The section `prior` of the configuration. text_drop: rate of texts replaced by the null text."""
+
+    captions: CaptionPolicy
+    model: PriorConfig
+    diffusion: DiffusionConfig
+    text_drop: float
+    train: TrainConfig
+
+
+def prior_stage(section: PriorSection, conditions: Conditions) -> Stage:
+    """The stage "prior": MSE on the embedding itself, K noise levels per text."""
+    clip, diffusion, draws = conditions.clip, section.diffusion, section.model.noise_draws
+    encode = TextEncoder(clip)
+
+    def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
+        assert batch.embeddings is not None
+        text = encode(batch)
+        x0 = (batch.embeddings * clip.embed_dim**0.5)[:, None].expand(-1, draws, -1)
+        counters = step.counters[:, None] * draws + torch.arange(draws)
+        t = draw_times(step.seed, counters.flatten(), "prior").to(step.device)
+        eps = keyed.randn(x0.shape[1:], step.seed, step.counters, "prior/noise").to(step.device)
+        noised = add_noise(diffusion, x0.flatten(0, 1), t, eps.flatten(0, 1))
+        keep = keyed.rand((), step.seed, step.counters, "prior/drop") >= section.text_drop
+        prediction = model(
+            noised.z.unflatten(0, (-1, draws)),
+            noised.log_snr.unflatten(0, (-1, draws)),
+            text.states,
+            text.mask,
+            text.embedding,
+            keep.to(step.device),
+        )
+        return Loss(per_sample_loss(diffusion, prediction.flatten(0, 1), noised).mean())
+
+    def validate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Every rank goes over the whole split, so sharded models make the same calls."""
+        total, cosines, count = 0.0, 0.0, 0
+        config = SampleConfig(prior_guidance_scale=1.0)
+        plain = accelerator.unwrap_model(model) if accelerator.num_processes == 1 else model
+        for cpu_batch in eval_loader(conditions.val_set, 64):
+            batch = cpu_batch.to(accelerator.device)
+            step = StepInfo(batch.counters, 0, accelerator.device, accelerator)
+            total += float(objective(model, batch, step).loss) * len(batch)
+            drawn = sample_embeddings(plain, diffusion, encode(batch), batch.counters, config)  # type: ignore[arg-type]
+            assert batch.embeddings is not None
+            cosines += float((drawn * batch.embeddings).sum())
+            count += len(batch)
+        return {"loss": total / count, "cosine_to_video": cosines / count}
+
+    return Stage(
+        name="prior",
+        model=Prior(section.model, clip.embed_dim, clip.text_width),
+        objective=objective,
+        train_set=conditions.train_set,
+        val_set=conditions.val_set,
+        validate=validate,
+        config={
+            "model": dataclasses.asdict(section.model),
+            "diffusion": dataclasses.asdict(diffusion),
+            "embedding_dim": clip.embed_dim,
+            "text_dim": clip.text_width,
+        },
+        meta={"clip_hash": conditions.clip_hash},
+    )
