@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
-from dalle2_video.checkpoint import CheckpointError, LoadedModel, file_hash, load_model, load_weights
+from dalle2_video.checkpoint import (
+    CheckpointError,
+    LoadedModel,
+    file_hash,
+    load_model,
+    load_weights,
+)
 from dalle2_video.data.captions import pack_lines, text_to_lines, to_line
 from dalle2_video.data.video import to_uint8
 from dalle2_video.diffusion.guidance import (
@@ -57,7 +63,7 @@ class SampleConfig:
 
 
 def sample_embeddings(
-    prior: Prior,
+    prior: Callable[..., Tensor],
     diffusion: DiffusionConfig,
     text: TextEncoding,
     counters: Tensor,
@@ -93,17 +99,19 @@ def sample_embeddings(
 
 
 def sample_clips(
-    unet: Unet3D,
+    unet: Callable[[Tensor, Tensor, Condition], Tensor],
+    shape: tuple[int, ...],
     diffusion: DiffusionConfig,
     condition: Condition,
     counters: Tensor,
     config: SampleConfig,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Clips (B, C, F, H, W) float32 about [-1, 1] from conditions; counters (B,) key the noise."""
-    size = unet.config
+    """Clips (B, *shape) float32 about [-1, 1] from conditions, shape (C, F, H, W).
+
+    unet: a Unet3D or what wraps it. counters (B,) key the noise.
+    """
     device = condition.embedding.device
-    shape = (size.channels, size.num_frames, size.image_size, size.image_size)
     two = Condition.cat(condition, condition.dropped())
 
     def network(z: Tensor, log_snr: Tensor) -> Tensor:
@@ -237,7 +245,13 @@ class Cascade:
                 )
                 condition = Condition.of(embedding, text.states.float(), text.mask)
                 video = sample_clips(
-                    self.base, self.base_diffusion, condition, counters, config, progress
+                    self.base,
+                    self.base.config.clip_shape,
+                    self.base_diffusion,
+                    condition,
+                    counters,
+                    config,
+                    progress,
                 )
             clips.append(to_uint8(video).cpu())
         return torch.cat(clips)

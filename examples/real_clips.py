@@ -276,12 +276,8 @@ def cut(data: bytes, piece: Piece, where: str) -> tuple[bytes, int]:
 def _crop_graph(video: av.VideoStream, crop: tuple[int, int, int]) -> av.filter.Graph:
     left, top, side = crop
     graph = av.filter.Graph()
-    graph.link_nodes(
-        graph.add_buffer(template=video),
-        graph.add("crop", f"{side}:{side}:{left}:{top}"),
-        graph.add("format", "yuv420p"),
-        graph.add("buffersink"),
-    ).configure()
+    steps = graph.add("crop", f"{side}:{side}:{left}:{top}"), graph.add("format", "yuv420p")
+    graph.link_nodes(graph.add_buffer(template=video), *steps, graph.add("buffersink")).configure()
     return graph
 
 

@@ -86,7 +86,7 @@ class Member:
             raise ArchiveError(f"unreadable in its archive: {error}") from error
         if len(data) != self.size:
             raise ArchiveError(
-                f"truncated: the archive ends after {len(data)} of {self.size} bytes"
+                f"truncated: its archive ends after {len(data)} of {self.size} bytes"
             )
         return data
 
@@ -152,8 +152,8 @@ class Catalogue:
 def find_sources(root: str | os.PathLike[str]) -> Catalogue:
     """Looks through a folder (or one archive) for videos and texts.
 
-    Files that are no archive in spite of their names, members with unsafe names, links, videos whose
-    names are no clip names, second copies and unknown text folders are listed as problems.
+    Files that are no archive in spite of their names, members with unsafe names, links, videos
+    whose names are no clip names, second copies and unknown text folders are listed as problems.
     ArchiveError where there is nothing at all.
     """
     root = Path(root)

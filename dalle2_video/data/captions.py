@@ -77,7 +77,27 @@ def read_text(data: bytes) -> list[str]:
     lines = [line for line in map(clean, text.splitlines()) if encode(line)]
     if not lines:
         raise CaptionError("empty")
-    return lines
+    return [_phases_in_words(line) for line in lines]
+
+
+_PHASE = re.compile(
+    r"([a-z][a-z ]*?)[ ,:]+(\d+(?:\.\d+)?)[ ,~-]+(\d+(?:\.\d+)?)\s*(?:[,;]\s*|$)", re.IGNORECASE
+)
+
+
+def _phases_in_words(line: str) -> str:
+    """ "neutral 0 3.5, happy 3.5 7" -> "neutral from 0 to 3.5 seconds, then happy from ...".
+
+    The first line of an emotion file can list phases with begin and end; other lines stay.
+    """
+    phases, place = [], 0
+    while place < len(line):
+        match = _PHASE.match(line, place)
+        if match is None:
+            return line
+        phases.append("{} from {} to {} seconds".format(*match.groups()))
+        place = match.end()
+    return ", then ".join(phases)
 
 
 def text_to_lines(text: str | Sequence[str]) -> list[str]:

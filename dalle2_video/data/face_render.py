@@ -305,13 +305,17 @@ def _hair(canvas, style, colour, person, light, hx, hy, turn, pixel) -> None:
     a, b, d = person.axes
     shell = ellipsoid(hx, hy, turn, (1.10 * a, 1.09 * b, 1.10 * d), (0, 0, 0), pixel)
     radius = np.sqrt(shell.u**2 + shell.w**2) + 1e-3
-    facing = shell.w / radius  # cosine of the longitude, 1 at the nose
+    facing = np.clip(shell.w / radius, -1, 1)  # cosine of the longitude, 1 at the nose
     height = shell.v * (1.09 * b / a)
+    steep = 1.0  # how much faster than the height the line moves across the head
     if style == "short":
         line = -0.70 + 0.66 * smoothstep(0.62, 0.25, facing) + 0.5 * smoothstep(0.0, -0.4, facing)
     else:
-        line = -0.74 + 2.3 * smoothstep(0.60, 0.36, facing) - 0.1 * smoothstep(0.9, 1, facing)
-    alpha = shell.alpha * cover(height - line, 1.5 * pixel / a)
+        side = np.clip((0.60 - facing) / 0.24, 0, 1)
+        line = -0.74 + 2.3 * side * side * (3 - 2 * side) - 0.1 * smoothstep(0.9, 1, facing)
+        steep = 1 + 2.3 * 6 * side * (1 - side) / 0.24 * np.sqrt(1 - facing**2) / radius
+        line = line - 4 * smoothstep(0.55, 0.35, radius) * (height > 0)  # none under the chin
+    alpha = shell.alpha * cover(height - line, 1.5 * pixel / a * steep)
     shade = light.shade(shell.normal)
     longitude = np.arctan2(shell.u, shell.w)
     grazing = np.maximum(shell.normal[2], 0.1)

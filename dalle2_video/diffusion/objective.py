@@ -66,9 +66,7 @@ def add_noise(config: DiffusionConfig, x0: Tensor, t: Tensor, eps: Tensor) -> No
     """Noise x0 (B, ...) to times t (B,) in [0, 1] with eps (B, ...); all float32."""
     log_snr = config.schedule.log_snr(t)
     alpha, sigma = (expand(a, x0) for a in alpha_sigma(log_snr))
-    return Noised(
-        alpha * x0 + sigma * eps, log_snr, target(config.prediction, x0, eps, log_snr)
-    )
+    return Noised(alpha * x0 + sigma * eps, log_snr, target(config.prediction, x0, eps, log_snr))
 
 
 def loss_weight(config: DiffusionConfig, log_snr: Tensor) -> Tensor:

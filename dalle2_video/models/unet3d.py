@@ -68,6 +68,11 @@ class UnetConfig:
             if self.dim * mult % self.head_dim:
                 raise ValueError(f"dim {self.dim} x {mult} is no multiple of {self.head_dim}")
 
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a clip."""
+        return self.channels, self.num_frames, self.image_size, self.image_size
+
 
 class Condition(NamedTuple):
     """What a clip is generated from; a dropped part is replaced by a learned null value.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -90,8 +89,8 @@ def decoder_stage(
         assert batch.embeddings is not None
         text = encode(batch)
         condition = Condition.of(batch.embeddings, text.states, text.mask)
-        network = _Named(model, section.model)
-        video = sample_clips(network, diffusion, condition, batch.counters, sampling)  # type: ignore[arg-type]
+        shape = section.model.clip_shape
+        video = sample_clips(model, shape, diffusion, condition, batch.counters, sampling)
         frames = to_uint8(video).cpu().numpy()
         captions = [" ".join(lines) for lines in batch.captions]
         return [Sample(c, f, fps) for c, f in zip(captions, frames, strict=True)]
@@ -112,13 +111,3 @@ def decoder_stage(
         },
         meta={"clip_hash": conditions.clip_hash},
     )
-
-
-class _Named:
-    """A wrapped network with its config beside it, which wrappers hide."""
-
-    def __init__(self, model: nn.Module, config: UnetConfig) -> None:
-        self.model, self.config = model, config
-
-    def __call__(self, *inputs: torch.Tensor | Condition) -> torch.Tensor:
-        return self.model(*inputs)

@@ -58,12 +58,11 @@ def prior_stage(section: PriorSection, conditions: Conditions) -> Stage:
         """Every rank goes over the whole split, so sharded models make the same calls."""
         total, cosines, count = 0.0, 0.0, 0
         config = SampleConfig(prior_guidance_scale=1.0)
-        plain = accelerator.unwrap_model(model) if accelerator.num_processes == 1 else model
         for cpu_batch in eval_loader(conditions.val_set, 64):
             batch = cpu_batch.to(accelerator.device)
             step = StepInfo(batch.counters, 0, accelerator.device, accelerator)
             total += float(objective(model, batch, step).loss) * len(batch)
-            drawn = sample_embeddings(plain, diffusion, encode(batch), batch.counters, config)  # type: ignore[arg-type]
+            drawn = sample_embeddings(model, diffusion, encode(batch), batch.counters, config)
             assert batch.embeddings is not None
             cosines += float((drawn * batch.embeddings).sum())
             count += len(batch)

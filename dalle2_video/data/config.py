@@ -1,0 +1,66 @@
+"""Section `data` of the configuration, and the store that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle2_video.data.store import ClipStore, Settings, StoreError
+
+
+@dataclass(frozen=True)
+class FacesConfig:
+    """The embedded data set, rendered where data.root holds nothing: see data/faces.py."""
+
+    clips: int
+    size: int
+    fps: float
+    seconds: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Section `data`.
+
+    name: a label. root: the folder of the archives. out: of the store, None = root. fps,
+    num_frames, size (side in pixels): of the stored clips. splits: name -> fraction, with split_seed. workers:
+    processes, 0 = none. overwrite: make shards again that are there. faces: or None.
+    """
+
+    name: str
+    root: str
+    out: str | None
+    fps: float
+    num_frames: int
+    size: int
+    split_seed: int
+    splits: dict[str, float]
+    workers: int
+    overwrite: bool
+    faces: FacesConfig | None
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0 or self.num_frames < 1 or self.size < 1 or self.workers < 0:
+            raise ValueError("fps, num_frames and size must be positive, workers at least 0")
+
+    @property
+    def store(self) -> Path:
+        """Where the store lies."""
+        return Path(self.out or self.root)
+
+    @property
+    def settings(self) -> Settings:
+        """How the frames are made."""
+        return Settings(float(self.fps), self.num_frames, self.size)
+
+
+def open_store(config: DataConfig) -> ClipStore:
+    """The store of this configuration; StoreError where it is absent or made otherwise."""
+    store = ClipStore.open(config.store, config.splits, config.split_seed)
+    if store.settings != config.settings:
+        raise StoreError(
+            f"{config.store} holds clips of {store.settings}, data asks for {config.settings}: "
+            "choose another data.out, or run preprocess with data.overwrite=true"
+        )
+    return store

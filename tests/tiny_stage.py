@@ -1,0 +1,104 @@
+"""A stage that trains in milliseconds: noisy regression with keyed noise, a frozen tower, a buffer.
+
+Run as a script under `accelerate launch` it is one rank of the tests of test_distributed.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dalle2_video import keyed
+from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
+
+DIM = 8
+
+
+@dataclass
+class TinyBatch:
+    counters: Tensor
+    x: Tensor
+
+    def to(self, device: torch.device) -> TinyBatch:
+        return TinyBatch(self.counters, self.x.to(device))
+
+
+class TinySet:
+    """num clips of DIM numbers; clip i is a pure function of i."""
+
+    def __init__(self, num: int = 32):
+        self.num = num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def pointer(self, counter: int) -> tuple[int, int]:
+        return counter, counter % self.num
+
+    def eval_pointer(self, index: int) -> tuple[int, int]:
+        return index, index
+
+    def collate(self, pointers: list[tuple[int, int]]) -> TinyBatch:
+        index = torch.tensor([p[1] for p in pointers])
+        x = keyed.randn((DIM,), 5, index, "x")
+        return TinyBatch(torch.tensor([p[0] for p in pointers]), x)
+
+
+class TinyNet(nn.Module):
+    def __init__(self, hidden: int = 16, frozen: bool = True):
+        super().__init__()
+        self.up = nn.Linear(DIM, hidden)
+        self.down = nn.Linear(hidden, DIM)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("shift", torch.linspace(0, 1, DIM))
+        self.tower = nn.Linear(DIM, DIM) if frozen else nn.Identity()
+        self.tower.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.down(torch.tanh(self.up(x))) + self.tower(x) + self.shift
+
+
+def objective(model: nn.Module, batch: TinyBatch, step: StepInfo) -> Loss:
+    noise = keyed.randn((DIM,), step.seed, step.counters, "noise", "cpu").to(step.device)
+    error = (model(batch.x + 0.1 * noise) - batch.x.flip(1)) ** 2
+    return Loss(error.mean(), {"worst": error.mean(1).mean()})
+
+
+def tiny_stage(hidden: int = 16, frozen: bool = True, **changes) -> Stage:
+    torch.manual_seed(1)
+    stage = Stage(
+        name="tiny",
+        model=TinyNet(hidden, frozen),
+        objective=objective,
+        train_set=TinySet(),
+        val_set=TinySet(10),
+        config={"hidden": hidden, "layers": {"frozen": frozen}},
+        meta={"clip_hash": "abc"},
+        state_filter=(lambda name: not name.startswith("tower.")) if frozen else None,
+    )
+    return replace(stage, **changes)
+
+
+def tiny_config(**changes) -> TrainConfig:
+    base = TrainConfig(
+        batch_size=8,
+        micro_batch_size=None,
+        clips=32,
+        minutes=None,
+        lr=0.01,
+        warmup_clips=16,
+        lr_schedule="cosine",
+        weight_decay=0.1,
+        betas=(0.9, 0.99),
+        grad_clip=1.0,
+        ema_halflife_clips=16.0,
+        ema_rampup=0.5,
+        log_every_clips=8,
+        val_every_clips=16,
+        save_every_clips=16,
+        keep_checkpoints=2,
+        workers=0,
+    )
+    return replace(base, **changes)

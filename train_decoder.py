@@ -1,0 +1,34 @@
+"""Train a U-Net of the cascade. Needs `train_clip.py` with the same train_name.
+
+    python train_decoder.py train_name=run1
+    accelerate launch --config_file configs/accelerate/zero3.yaml train_decoder.py train_name=run1
+
+The same command resumes. Every value of configs/ can be set on the command line (`--cfg job` shows all).
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from dalle2_video.training.conditions import load_conditions
+from dalle2_video.training.decoder import UnetSection, decoder_stage
+from dalle2_video.training.loop import train
+from dalle2_video.training.setup import open_store, run_config, sample_config
+from dalle2_video.training.stage import ConfigError, from_config
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    if cfg.unet not in cfg.unets:
+        raise ConfigError(f"unet={cfg.unet}: unets has only {', '.join(cfg.unets)}")
+    section = from_config(UnetSection, cfg.unets[cfg.unet], f"unets.{cfg.unet}")
+    sampling = sample_config(cfg)
+    run = run_config(cfg, cfg.unet)
+    conditions = load_conditions(
+        cfg.run_dir, open_store(cfg), cfg.seed, section.captions, load_frames=True
+    )
+    stage = decoder_stage(cfg.unet, section, conditions, cfg.data.fps, sampling)
+    train(stage, section.train, run)
+
+
+if __name__ == "__main__":
+    main()

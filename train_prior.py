@@ -1,0 +1,30 @@
+"""Train the prior: text -> video embedding. Needs `train_clip.py` with the same train_name.
+
+    python train_prior.py train_name=run1
+    accelerate launch --config_file configs/accelerate/zero3.yaml train_prior.py train_name=run1
+
+The same command resumes. Every value of configs/ can be set on the command line (`--cfg job` shows all).
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from dalle2_video.training.conditions import load_conditions
+from dalle2_video.training.loop import train
+from dalle2_video.training.prior import PriorSection, prior_stage
+from dalle2_video.training.setup import open_store, run_config
+from dalle2_video.training.stage import from_config
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    section = from_config(PriorSection, cfg.prior, "prior")
+    run = run_config(cfg, "prior")
+    conditions = load_conditions(
+        cfg.run_dir, open_store(cfg), cfg.seed, section.captions, load_frames=False
+    )
+    train(prior_stage(section, conditions), section.train, run)
+
+
+if __name__ == "__main__":
+    main()
