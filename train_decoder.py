@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from dalle2_video.training.conditions import load_conditions
 from dalle2_video.training.decoder import UnetSection, decoder_stage
 from dalle2_video.training.loop import train
-from dalle2_video.training.setup import open_store, run_config, sample_config
+from dalle2_video.training.setup import run_config, sample_config, store_of
 from dalle2_video.training.stage import ConfigError, from_config
 
 
@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     sampling = sample_config(cfg)
     run = run_config(cfg, cfg.unet)
     conditions = load_conditions(
-        cfg.run_dir, open_store(cfg), cfg.seed, section.captions, load_frames=True
+        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, load_frames=True
     )
     stage = decoder_stage(cfg.unet, section, conditions, cfg.data.fps, sampling)
     train(stage, section.train, run)

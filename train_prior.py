@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from dalle2_video.training.conditions import load_conditions
 from dalle2_video.training.loop import train
 from dalle2_video.training.prior import PriorSection, prior_stage
-from dalle2_video.training.setup import open_store, run_config
+from dalle2_video.training.setup import run_config, store_of
 from dalle2_video.training.stage import from_config
 
 
@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     section = from_config(PriorSection, cfg.prior, "prior")
     run = run_config(cfg, "prior")
     conditions = load_conditions(
-        cfg.run_dir, open_store(cfg), cfg.seed, section.captions, load_frames=False
+        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, load_frames=False
     )
     train(prior_stage(section, conditions), section.train, run)
 

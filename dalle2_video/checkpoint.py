@@ -1,8 +1,8 @@
 """Consolidated model files: configuration and weights of one network in one .safetensors file.
 
-Header (JSON strings): `format`, `kind` (which network), `config` (what rebuilds it), `meta`
-(free strings, such as `clip_hash`). A file is written under a temporary name, flushed to the disk
-and renamed, so a reader sees the old file or the new one, never half of one. No pickle anywhere.
+Header (one JSON text): `kind` (which network), `config` (what rebuilds it), `meta` (free strings,
+such as `clip_hash`). A file is written under a temporary name, flushed to the disk and renamed, so
+a reader sees the old file or the new one, never half of one. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "dalle2-video/1"
+FORMAT = "dalle2-video/1"  # the one key of the header: several would come in a random order
 
 
 class CheckpointError(RuntimeError):
@@ -81,17 +81,13 @@ def save_model(
             raise TypeError(f"{path}: meta[{key!r}] must be a string, got {type(value).__name__}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {
-        "format": FORMAT,
-        "kind": kind,
-        "config": json.dumps(dict(config), sort_keys=True, allow_nan=False),
-        "meta": json.dumps(meta, sort_keys=True),
-    }
+    header = {"kind": kind, "config": dict(config), "meta": meta}
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
     # A clone per name: tied parameters share memory, which the format refuses.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata=header)
+        save_file(tensors, temporary, metadata={FORMAT: text})
         sync_path(temporary)
         os.replace(temporary, path)
     finally:
@@ -126,11 +122,12 @@ def _open(path: Path, kind: str | None, weights: bool) -> tuple[Header, dict[str
             state = {name: file.get_tensor(name) for name in file.keys()} if weights else {}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    if raw.get("format") != FORMAT:
+    if FORMAT not in raw:
         raise CheckpointError(f"{path}: a safetensors file, but none of this project ({FORMAT})")
-    if kind is not None and raw["kind"] != kind:
-        raise CheckpointError(f"{path}: holds a {raw['kind']!r} model where {kind!r} is needed")
-    return Header(raw["kind"], json.loads(raw["config"]), json.loads(raw["meta"])), state
+    header = Header(**json.loads(raw[FORMAT]))
+    if kind is not None and header.kind != kind:
+        raise CheckpointError(f"{path}: holds a {header.kind!r} model where {kind!r} is needed")
+    return header, state
 
 
 def load_weights(

@@ -167,6 +167,22 @@ def load_unet(path: Path, name: str) -> tuple[Unet3D, DiffusionConfig, LoadedMod
     return unet.eval().requires_grad_(False), DiffusionConfig(**config["diffusion"]), loaded
 
 
+def read_texts(text: str | Sequence[str] | None, file: str | None, number: int) -> list[str]:
+    """The texts to sample, each `number` times; ValueError where there is none, or both are given."""
+    if (text is None) == (file is None):
+        raise ValueError('give either text="..." or file=<a text file, one text per line>')
+    if number < 1:
+        raise ValueError(f"number must be at least 1, got {number}")
+    if file is None:
+        texts = [text if isinstance(text, str) else "\n".join(text or [])]
+    else:
+        texts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        texts = [line for line in texts if line]
+    if not any(one.strip() for one in texts):
+        raise ValueError(f"{file or 'text'}: empty, there is nothing to sample")
+    return [one for one in texts for _ in range(number)]
+
+
 class Cascade:
     """The networks of one run, checked to belong together, ready to sample."""
 

@@ -5,13 +5,18 @@ Run as a script under `accelerate launch` it is one rank of the tests of test_di
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dalle2_video import keyed
-from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
+from dalle2_video.training.loop import train
+from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
 
 DIM = 8
 
@@ -102,3 +107,19 @@ def tiny_config(**changes) -> TrainConfig:
         workers=0,
     )
     return replace(base, **changes)
+
+
+def run_rank(root: Path) -> None:
+    """One rank: 4 steps in one go (root/whole), and 2 steps resumed to 4 (root/resumed)."""
+    torch.set_num_threads(1)
+    train(tiny_stage(), tiny_config(), RunConfig(str(root / "whole"), seed=3))
+    if int(os.environ["RANK"]) == 0:
+        shutil.copytree(root / "whole", root / "resumed")
+        shutil.rmtree(root / "resumed/checkpoints/000000000032")
+        (root / "resumed/model.safetensors").unlink()
+    torch.distributed.barrier()
+    train(tiny_stage(), tiny_config(), RunConfig(str(root / "resumed"), seed=3))
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))

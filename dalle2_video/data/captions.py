@@ -81,7 +81,8 @@ def read_text(data: bytes) -> list[str]:
 
 
 _PHASE = re.compile(
-    r"([a-z][a-z ]*?)[ ,:]+(\d+(?:\.\d+)?)[ ,~-]+(\d+(?:\.\d+)?)\s*(?:[,;]\s*|$)", re.IGNORECASE
+    r"([a-z][a-z ]*?)[ ,:]+(\d+(?:\.\d+)?)(?: to |[ ,~-]+)(\d+(?:\.\d+)?)\s*s?\s*(?:[,;]\s*|$)",
+    re.IGNORECASE,
 )
 
 

@@ -24,8 +24,9 @@ class DataConfig:
     """Section `data`.
 
     name: a label. root: the folder of the archives. out: of the store, None = root. fps,
-    num_frames, size (side in pixels): of the stored clips. splits: name -> fraction, with split_seed. workers:
-    processes, 0 = none. overwrite: make shards again that are there. faces: or None.
+    num_frames, size (side in pixels): of the stored clips. splits: name -> fraction, with
+    split_seed. workers: processes, 0 = none. overwrite: make shards again that are there. faces:
+    or None.
     """
 
     name: str

@@ -143,7 +143,7 @@ def _beard(paint, planes, u, v, w) -> None:
     """Jaw, chin and upper lip, up to the ears; darker than the hair, ragged at its edge."""
     side = np.abs(u)
     dip = np.maximum(1 - ((side - 0.46) / 0.24) ** 2, 0)  # between moustache and cheek
-    line = 0.41 + 0.15 * dip * dip - 0.55 * smoothstep(0.5, 0.95, side) + 0.015 * np.sin(31 * u)
+    line = 0.41 + 0.15 * dip * dip - 0.55 * smoothstep(0.5, 0.95, side) + 0.015 * np.cos(31 * u)
     distance = np.maximum(line - v, -0.25 - w)
     soft = np.maximum(paint.pixel, 0.05)
     colour = _mix(paint.hair, (0.10, 0.065, 0.05), 0.72)

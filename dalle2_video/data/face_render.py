@@ -330,5 +330,7 @@ def strands(phase: FloatArray, rate: FloatArray | float) -> FloatArray:
     out = 1.0
     for factor, amount in ((1.0, 0.10), (2.3, 0.10), (4.1, 0.09)):
         fade = np.clip(1.6 - np.asarray(rate) * factor * 0.8, 0, 1)
+        if fade.max() == 0:
+            break
         out = out + amount * fade * np.sin(phase * factor + 2 * factor)
     return out

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -23,47 +22,24 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle2_video.data.archives import ArchiveError, Catalogue, Member, Source, find_sources
+from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CATEGORIES, CaptionError, read_text, split_line
 from dalle2_video.data.config import DataConfig, FacesConfig, open_store
+from dalle2_video.data.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.pool import WorkerPool, ahead
 from dalle2_video.data.store import (
     FORMAT,
     Settings,
     ShardWriter,
     StoreError,
+    index_paths,
     read_index,
-    write_json,
-    write_texts,
+    shard_paths,
 )
+from dalle2_video.data.texts import write_texts
 from dalle2_video.data.video import ClipError, decode_clip
 
 __all__ = ["DataConfig", "FacesConfig", "Summary", "open_store", "preprocess"]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What one run found and did; skipped counts clips and members by kind of cause."""
-
-    clips: int
-    made: int
-    shards: int
-    shards_kept: int
-    skipped: dict[str, int]
-    texts_left_out: int
-    lines_split: int
-    gigabytes: float
-    minutes: float
-    store: str
-
-    def __str__(self) -> str:
-        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.skipped.items()))
-        return (
-            f"{self.store}: {self.clips} clips in {self.shards} shards ({self.made} clips made now,"
-            f" {self.shards_kept} shards were there), {self.gigabytes:.3f} GB, "
-            f"{self.minutes:.1f} min; skipped: {causes or 'nothing'}; text files left out: "
-            f"{self.texts_left_out}; lines over 77 tokens, split: {self.lines_split}; "
-            "details in manifest.json"
-        )
 
 
 def preprocess(config: DataConfig, log: Callable[[str], None] = print) -> Summary:
@@ -86,7 +62,7 @@ def preprocess(config: DataConfig, log: Callable[[str], None] = print) -> Summar
             for source in todo:
                 bar.set_postfix_str(source.name)
                 made += _make_shard(config, source, known, pool, bar)
-        return _write_manifest(config, catalogue, made, len(todo), begun)
+        return write_manifest(config, catalogue.problems, made, len(todo), begun)
 
 
 # ---------------------------------------------------------------- what there is to do
@@ -98,7 +74,7 @@ def _render_faces(config: DataConfig) -> None:
     if faces is None:
         return
     begun = (root / "faces.json").exists()
-    if not begun and root.exists() and (any(_indexes(config.store)) or _has_archives(root)):
+    if not begun and root.exists() and (any(index_paths(config.store)) or _has_archives(root)):
         return
     from dalle2_video.data.faces import write_dataset
 
@@ -126,13 +102,9 @@ def _catalogue(config: DataConfig) -> Catalogue:
     try:
         return find_sources(config.root)
     except ArchiveError:
-        if any(_indexes(config.store)):
+        if any(index_paths(config.store)):
             return Catalogue()
         raise
-
-
-def _indexes(out: Path) -> Iterator[Path]:
-    return (path for path in sorted((out / "index").glob("*.json")) if path.name[0] != ".")
 
 
 def _is_there(config: DataConfig, source: Source, log: Callable[[str], None]) -> bool:
@@ -150,7 +122,7 @@ def _is_there(config: DataConfig, source: Source, log: Callable[[str], None]) ->
             f"{path} was made with {index['settings']}, data asks for {asdict(config.settings)}: "
             "choose another data.out or set data.overwrite=true"
         )
-    for file in _files(config.store, source.name)[:2]:
+    for file in shard_paths(config.store, source.name)[:2]:
         if not file.exists():
             log(f"{file} is missing; it is made again")
             return False
@@ -160,18 +132,10 @@ def _is_there(config: DataConfig, source: Source, log: Callable[[str], None]) ->
     return True
 
 
-def _files(out: Path, shard: str) -> tuple[Path, Path, Path]:
-    return (
-        out / "videos" / f"{shard}.h5",
-        out / "texts" / f"{shard}.pt",
-        out / f"index/{shard}.json",
-    )
-
-
 def _known_clips(config: DataConfig, todo: set[str]) -> dict[str, str]:
     """clip id -> shard, of the shards that stay; StoreError where one has other settings."""
     known = {}
-    for path in _indexes(config.store):
+    for path in index_paths(config.store):
         if path.stem in todo:
             continue
         index = read_index(path)
@@ -192,7 +156,7 @@ def _make_shard(
 ) -> int:
     """Writes frames, texts, then the index; returns the number of clips kept."""
     out, settings = config.store, config.settings
-    _, text_path, index_path = _files(out, source.name)
+    _, text_path, index_path = shard_paths(out, source.name)
     index_path.unlink(missing_ok=True)  # from here until the end this shard does not exist
     clips: list[dict[str, Any]] = []
     notes: list[dict[str, str]] = []
@@ -235,7 +199,7 @@ def _make_shard(
         index_path,
         {
             "format": FORMAT,
-            "archive": _relative(source.archive, config.root),
+            "archive": relative_name(source.archive, config.root),
             "fingerprint": source.fingerprint(),
             "settings": asdict(settings),
             "clips": clips,
@@ -313,60 +277,3 @@ def _lock(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise StoreError(f"another preprocess is writing into {out}") from error
         yield
-
-
-# ---------------------------------------------------------------- manifest and summary
-
-
-def _write_manifest(
-    config: DataConfig, catalogue: Catalogue, made: int, shards_made: int, begun: float
-) -> Summary:
-    """Joins what all shards left out, with what never reached a shard, into manifest.json."""
-    skipped = [
-        {"archive": _relative(p.archive, config.root), "file": p.member, "cause": p.cause}
-        for p in catalogue.problems
-    ]
-    texts, shards, lines_split, clips, size = [], {}, 0, 0, 0
-    for path in _indexes(config.store):
-        index = read_index(path)
-        archive = index["archive"]
-        kept = sum(clip["status"] == "kept" for clip in index["clips"])
-        shards[path.stem] = {"archive": archive, "clips": kept}
-        skipped += [
-            {"archive": archive, "file": c["file"], "clip": c["clip"], "cause": c["cause"]}
-            for c in index["clips"]
-            if c["status"] != "kept"
-        ]
-        texts += [{"archive": archive, **note} for note in index["texts_left_out"]]
-        lines_split += index["lines_split"]
-        clips += kept
-        size += sum(file.stat().st_size for file in _files(config.store, path.stem))
-    summary = Summary(
-        clips=clips,
-        made=made,
-        shards=len(shards),
-        shards_kept=len(shards) - shards_made,
-        skipped=dict(Counter(item["cause"].split(":")[0] for item in skipped)),
-        texts_left_out=len(texts),
-        lines_split=lines_split,
-        gigabytes=size / 1e9,
-        minutes=(time.monotonic() - begun) / 60,
-        store=str(config.store),
-    )
-    manifest = {
-        "format": FORMAT,
-        "settings": asdict(config.settings),
-        "clips": clips,
-        "shards": shards,
-        "skipped": skipped,
-        "texts_left_out": texts,
-        "lines_split": lines_split,
-    }
-    write_json(config.store / "manifest.json", manifest)
-    return summary
-
-
-def _relative(archive: str, root: str) -> str:
-    """An archive's path below data.root; the root's own name for the root."""
-    path = Path(archive)
-    return path.name if path == Path(root) else str(path.relative_to(root))

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dalle2_video.data.atomic import whole
+
 _GAP = 6  # pixels between frames, and around text
 _TEXT_WIDTH = 300
 _SMALLEST = 112  # frames are enlarged by a whole factor to at least this many pixels
@@ -48,14 +50,9 @@ def save_sheet(
     frames_per_clip: int = 8,
 ) -> None:
     """`contact_sheet` as a PNG file, under a temporary name first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        contact_sheet(clips, captions, frames_per_clip).save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    sheet = contact_sheet(clips, captions, frames_per_clip)
+    with whole(Path(path)) as partial:
+        sheet.save(partial, format="PNG")
 
 
 def _row(clip: np.ndarray, caption: str, count: int, font: ImageFont.FreeTypeFont) -> Image.Image:

@@ -15,8 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +23,10 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
-from dalle2_video.data.captions import CATEGORIES, Line, to_line
+from dalle2_video.data.atomic import whole
+from dalle2_video.data.captions import Line
+from dalle2_video.data.texts import ShardTexts
 
 FORMAT = 1
 
@@ -77,27 +77,6 @@ class Settings:
 # ---------------------------------------------------------------- writing
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path`, flushed to disk, if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-
 class ShardWriter:
     """Context that appends clips to videos/<shard>.h5; the shard appears if the block ends well."""
 
@@ -142,69 +121,21 @@ class ShardWriter:
         self._whole.__exit__(kind, error, trace)
 
 
-def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[str]]]) -> None:
-    """texts/<shard>.pt: for each row of the shard its lines (at most 77 tokens) by category.
-
-    Plain tensors and one str: tokens int32 (all ids, end to end), token_end int64 (lines,),
-    category int8 (lines,), line_end int64 (rows,), text (the lines, one per row of text).
-    """
-    lines: list[Line] = []
-    category: list[int] = []
-    line_end: list[int] = []
-    for by_category in texts:
-        for number, name in enumerate(CATEGORIES):
-            for text in by_category.get(name, ()):
-                lines.append(to_line(text))
-                category.append(number)
-        line_end.append(len(lines))
-    flat = [token for line in lines for token in line.tokens]
-    lengths = torch.tensor([len(line.tokens) for line in lines], dtype=torch.int64)
-    content = {
-        "format": FORMAT,
-        "categories": list(CATEGORIES),
-        "tokens": torch.tensor(flat, dtype=torch.int32),
-        "token_end": lengths.cumsum(0),
-        "category": torch.tensor(category, dtype=torch.int8),
-        "line_end": torch.tensor(line_end, dtype=torch.int64),
-        "text": "\n".join(line.text for line in lines),
-    }
-    with whole(path) as partial:
-        torch.save(content, partial)
-
-
 # ---------------------------------------------------------------- reading
 
 
-class _Texts:
-    """One texts/<shard>.pt in memory, as flat arrays: small, and shared by forked workers."""
+def shard_paths(root: Path, shard: str) -> tuple[Path, Path, Path]:
+    """The three files of a shard: frames, texts, index."""
+    return (
+        root / "videos" / f"{shard}.h5",
+        root / "texts" / f"{shard}.pt",
+        root / "index" / f"{shard}.json",
+    )
 
-    def __init__(self, path: Path) -> None:
-        try:
-            content = torch.load(path, weights_only=True)
-            self.tokens = content["tokens"].numpy()
-            self.token_end = content["token_end"].numpy()
-            self.category = content["category"].numpy()
-            self.line_end = content["line_end"].numpy()
-            self.names: list[str] = content["categories"]
-            self.text: bytes = content["text"].encode()
-        except FileNotFoundError as error:
-            raise StoreError(f"{path} is missing: run preprocess again") from error
-        except Exception as error:
-            raise StoreError(f"{path} is damaged ({error}): delete it, run preprocess") from error
-        breaks = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("\n"))
-        self.text_end = np.append(breaks, len(self.text))
 
-    def lines(self, row: int) -> dict[str, list[Line]]:
-        found: dict[str, list[Line]] = {}
-        for i in range(self.line_end[row - 1] if row else 0, self.line_end[row]):
-            first_token = self.token_end[i - 1] if i else 0
-            first_byte = self.text_end[i - 1] + 1 if i else 0
-            line = Line(
-                self.text[first_byte : self.text_end[i]].decode(),
-                tuple(self.tokens[first_token : self.token_end[i]].tolist()),
-            )
-            found.setdefault(self.names[self.category[i]], []).append(line)
-        return found
+def index_paths(root: Path) -> list[Path]:
+    """index/*.json by name; each stands for one whole shard."""
+    return sorted(path for path in (root / "index").glob("*.json") if path.name[0] != ".")
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -241,7 +172,7 @@ class ClipStore:
         self._shard = np.array([number[shard] for _, shard, _ in clips], np.int32)
         self._row = np.array([row for _, _, row in clips], np.int64)
         self._handles: dict[str, h5py.File] = {}
-        self._texts: dict[str, _Texts] = {}
+        self._texts: dict[str, ShardTexts] = {}
         self._pid = os.getpid()
 
     @classmethod
@@ -253,7 +184,7 @@ class ClipStore:
         splits: name -> fraction, and split_seed, as `split_of` takes them.
         """
         root = Path(root)
-        paths = sorted(path for path in (root / "index").glob("*.json") if path.name[0] != ".")
+        paths = index_paths(root)
         if not paths:
             raise StoreError(f"{root} holds no preprocessed clips (index/*.json): run preprocess")
         clips: list[tuple[str, str, int]] = []
@@ -310,7 +241,7 @@ class ClipStore:
         """The clip's lines by category, with their tokens."""
         shard = self.shards[self._shard[clip]]
         if shard not in self._texts:
-            self._texts[shard] = _Texts(self.root / "texts" / f"{shard}.pt")
+            self._texts[shard] = ShardTexts(self.root / "texts" / f"{shard}.pt")
         return self._texts[shard].lines(int(self._row[clip]))
 
     def _open(self, shard: str) -> h5py.File:
@@ -329,7 +260,7 @@ class ClipStore:
 
 
 def _check_shard(root: Path, shard: str, settings: Settings, rows: int) -> None:
-    video, text = root / "videos" / f"{shard}.h5", root / "texts" / f"{shard}.pt"
+    video, text, _ = shard_paths(root, shard)
     for path in (video, text):
         if not path.is_file():
             raise StoreError(f"{path} is missing, but index/{shard}.json lists it")

@@ -28,6 +28,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
 
+from dalle2_video.data.atomic import whole
 from dalle2_video.data.sheet import contact_sheet as contact_sheet
 from dalle2_video.data.sheet import save_sheet as save_sheet
 
@@ -270,14 +271,8 @@ def encode_mp4(
     if not isinstance(target, str | os.PathLike):
         _encode(target, frames, fps, crf, preset)
         return
-    path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(Path(target)) as partial:
         _encode(str(partial), frames, fps, crf, preset)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _encode(file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str) -> None:

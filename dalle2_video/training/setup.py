@@ -1,19 +1,27 @@
-"""From the configuration tree to what the training scripts pass around."""
+"""From the configuration tree to what the scripts pass around."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from dalle2_video.data.config import DataConfig, open_store
 from dalle2_video.data.store import ClipStore
-from dalle2_video.training.stage import RunConfig
+from dalle2_video.generate import SampleConfig
+from dalle2_video.training.stage import RunConfig, from_config
 
 
-def open_store(cfg: DictConfig) -> ClipStore:
+def store_of(cfg: DictConfig) -> ClipStore:
     """The preprocessed clips that the section `data` names; StoreError where there are none."""
-    splits = {str(name): float(share) for name, share in cfg.data.splits.items()}
-    return ClipStore.open(cfg.data.out or cfg.data.root, splits, cfg.data.split_seed)
+    return open_store(from_config(DataConfig, cfg.data, "data"))
+
+
+def sample_config(cfg: DictConfig) -> SampleConfig:
+    """How to sample, from the section `sample` (which also says what and where to)."""
+    names = [field.name for field in dataclasses.fields(SampleConfig)]
+    return from_config(SampleConfig, {name: cfg.sample[name] for name in names}, "sample")
 
 
 def run_config(cfg: DictConfig, stage: str) -> RunConfig:

@@ -1,0 +1,81 @@
+"""texts/<shard>.pt: the lines of a shard's clips, words and tokens, as flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dalle2_video.data.atomic import whole
+from dalle2_video.data.captions import CATEGORIES, Line, to_line
+
+FORMAT = 1
+
+
+class TextsError(RuntimeError):
+    """A texts file that is missing or damaged; the message names it."""
+
+
+def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[str]]]) -> None:
+    """texts/<shard>.pt: for each row of the shard its lines (at most 77 tokens) by category.
+
+    Plain tensors and one str: tokens int32 (all ids, end to end), token_end int64 (lines,),
+    category int8 (lines,), line_end int64 (rows,), text (the lines, one per row of text).
+    """
+    lines: list[Line] = []
+    category: list[int] = []
+    line_end: list[int] = []
+    for by_category in texts:
+        for number, name in enumerate(CATEGORIES):
+            for text in by_category.get(name, ()):
+                lines.append(to_line(text))
+                category.append(number)
+        line_end.append(len(lines))
+    flat = [token for line in lines for token in line.tokens]
+    lengths = torch.tensor([len(line.tokens) for line in lines], dtype=torch.int64)
+    content = {
+        "format": FORMAT,
+        "categories": list(CATEGORIES),
+        "tokens": torch.tensor(flat, dtype=torch.int32),
+        "token_end": lengths.cumsum(0),
+        "category": torch.tensor(category, dtype=torch.int8),
+        "line_end": torch.tensor(line_end, dtype=torch.int64),
+        "text": "\n".join(line.text for line in lines),
+    }
+    with whole(path) as partial:
+        torch.save(content, partial)
+
+
+class ShardTexts:
+    """One texts/<shard>.pt in memory, as flat arrays: small, and shared by forked workers."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = torch.load(path, weights_only=True)
+            self.tokens = content["tokens"].numpy()
+            self.token_end = content["token_end"].numpy()
+            self.category = content["category"].numpy()
+            self.line_end = content["line_end"].numpy()
+            self.names: list[str] = content["categories"]
+            self.text: bytes = content["text"].encode()
+        except FileNotFoundError as error:
+            raise TextsError(f"{path} is missing: run preprocess again") from error
+        except Exception as error:
+            raise TextsError(f"{path} is damaged ({error}): delete it, run preprocess") from error
+        breaks = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("\n"))
+        self.text_end = np.append(breaks, len(self.text))
+
+    def lines(self, row: int) -> dict[str, list[Line]]:
+        """The lines of one row by category."""
+        found: dict[str, list[Line]] = {}
+        for i in range(self.line_end[row - 1] if row else 0, self.line_end[row]):
+            first_token = self.token_end[i - 1] if i else 0
+            first_byte = self.text_end[i - 1] + 1 if i else 0
+            line = Line(
+                self.text[first_byte : self.text_end[i]].decode(),
+                tuple(self.tokens[first_token : self.token_end[i]].tolist()),
+            )
+            found.setdefault(self.names[self.category[i]], []).append(line)
+        return found

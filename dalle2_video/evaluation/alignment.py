@@ -1,0 +1,120 @@
+"""Does a sampled clip show what its caption says? Measured on the embedded data, where all is known.
+
+The captions of a split are sampled, a probe trained on real renders reads the samples, and its answers
+are compared with the attributes that the captions name. Beside it: the same answers against the
+attributes of OTHER clips (shuffled captions: chance, if nothing leaks), the light attributes read without
+a network, and the same captions joined into free sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle2_video.data.captions import join_lines
+from dalle2_video.data.dataset import CelebVTextDataset
+from dalle2_video.data.face_attributes import FaceAttributes
+from dalle2_video.evaluation.attributes import Probe, Score, score, targets_of
+from dalle2_video.generate import Cascade, Progress, SampleConfig
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions of a split: lines of each clip, the same joined into free text, clip ids, frames."""
+
+    lines: list[list[str]]
+    sentences: list[str]
+    clip_ids: list[str]
+    frames: Tensor
+
+
+def captions_of(dataset: CelebVTextDataset, clips: int) -> Captions:
+    """The evaluation captions (one line of each category) of the first `clips` clips of a split."""
+    pointers = [dataset.eval_pointer(i) for i in range(min(clips, len(dataset)))]
+    chosen = [
+        dataset.captions.choose(dataset.store.lines(dataset.clips[p.index]), 0, p.counter, p.key)
+        for p in pointers
+    ]
+    batch = dataset.collate(pointers)
+    assert batch.frames is not None
+    return Captions(
+        [[line.text for line in lines] for lines in chosen],
+        [". ".join(line.text for line in join_lines(lines)) for lines in chosen],
+        [p.key.rsplit(":", 1)[0] for p in pointers],
+        batch.frames,
+    )
+
+
+def alignment(
+    probe: Probe, frames: Tensor, clips: Sequence[FaceAttributes], real: Tensor | None = None
+) -> dict[str, float]:
+    """Flat figures for sampled frames uint8 (B, F, H, W, 3) and the attributes they should show.
+
+    real: the real clips of the same captions, for the probe's ceiling.
+    """
+    targets = targets_of(clips)
+    predictions = probe.network.predict(frames)
+    # each clip against a third of the set further on: other clips, each exactly once
+    order = torch.arange(len(clips)).roll(max(1, len(clips) // 3))
+    shuffled = {name: value[order] for name, value in targets.items()}
+    figures = flat("attribute", score(predictions, targets))
+    figures["attribute_accuracy_shuffled"] = score(predictions, shuffled).mean
+    light = {name: rule.predict(frames) for name, rule in probe.light.items()}
+    figures |= flat("light_rule", score(light, targets), chance=False)
+    if real is not None:
+        figures |= flat("ceiling", score(probe.network.predict(real), targets), chance=False)
+    return figures
+
+
+def flat(prefix: str, result: Score, chance: bool = True) -> dict[str, float]:
+    """A score as flat figures with names."""
+    figures = {
+        f"{prefix}_accuracy": result.mean,
+        f"{prefix}_accuracy_low": result.low,
+        f"{prefix}_accuracy_high": result.high,
+    }
+    figures |= {f"{prefix}_accuracy_{name}": value for name, value in result.accuracy.items()}
+    if chance:
+        figures["attribute_chance"] = result.mean_chance
+        figures |= {f"attribute_chance_{name}": value for name, value in result.chance.items()}
+    return figures
+
+
+def evaluate_alignment(
+    cascade: Cascade,
+    dataset: CelebVTextDataset,
+    attributes: Mapping[str, FaceAttributes],
+    probe: Probe,
+    clips: int,
+    config: SampleConfig,
+    progress: Progress | None = None,
+) -> tuple[dict[str, float], Captions, Tensor]:
+    """Sample the captions twice, as lines and as free text; (figures, captions, frames of the lines)."""
+    captions = captions_of(dataset, clips)
+    truth = [attributes[clip_id] for clip_id in captions.clip_ids]
+    frames = cascade.sample(captions.lines, config, progress=progress)
+    free = cascade.sample(captions.sentences, config, progress=progress)
+    figures = {"samples": float(len(truth))} | alignment(probe, frames, truth, captions.frames)
+    sentence = score(probe.network.predict(free), targets_of(truth))
+    figures["free_sentence_accuracy"] = sentence.mean
+    figures["free_sentence_accuracy_low"] = sentence.low
+    figures["free_sentence_accuracy_high"] = sentence.high
+    return figures, captions, frames
+
+
+def nearest_clips(samples: Tensor, clips: Tensor) -> Tensor:
+    """For each sampled clip the index of the real clip that it shows, by pixels, int64 (B,).
+
+    samples, clips: uint8 (B, F, H, W, 3), (N, F, H, W, 3). The distance to a clip is the mean over the
+    sample's frames of the squared distance to that clip's nearest frame.
+    """
+    flat_samples = samples.flatten(2).float()
+    flat_clips = clips.flatten(2).float()
+    answers = []
+    for sample in flat_samples:
+        distance = torch.cdist(sample[None], flat_clips)  # (N, F, F)
+        answers.append(distance.square().amin(2).mean(1).argmin())
+    return torch.stack(answers)

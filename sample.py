@@ -1,0 +1,41 @@
+"""Sample videos from text with the networks of a run: an mp4 per clip and a contact sheet.
+
+    python sample.py train_name=run1 text="a man with a beard smiles, warm light from the left"
+    python sample.py train_name=run1 file=texts.txt number=2 sample.guidance_scale=4
+
+A text is taken apart at its sentences; nothing of it is cut off.
+"""
+
+import re
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from dalle2_video.data.sheet import save_sheet
+from dalle2_video.data.video import encode_mp4
+from dalle2_video.generate import Cascade, read_texts
+from dalle2_video.training.setup import sample_config
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    config = sample_config(cfg)
+    texts = read_texts(cfg.text, cfg.file, cfg.number)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision)
+    with tqdm(total=cascade.num_steps(len(texts), config), desc="sampling", unit="step") as bar:
+        clips = cascade.sample(texts, config, progress=bar.update).numpy()
+    name = re.sub(r"[^a-z0-9]+", "_", texts[0].lower())[:60].strip("_")
+    out = Path(cfg.out or Path(cfg.run_dir) / "samples" / f"{name}_{config.seed}")
+    out.mkdir(parents=True, exist_ok=True)
+    for i, clip in enumerate(clips):
+        encode_mp4(out / f"{i:04d}.mp4", clip, cascade.fps)
+    save_sheet(out / "sheet.png", clips, texts)
+    print(f"{len(clips)} clips in {out}")
+
+
+if __name__ == "__main__":
+    main()
