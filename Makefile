@@ -18,7 +18,7 @@ $(STAMP): requirements.txt
 install: $(STAMP)  ## the virtual environment with the pinned requirements
 
 demo: $(STAMP)  ## the whole path on rendered faces: data to samples (MINUTES=20)
-	$(BIN)/python demo.py minutes=$(MINUTES)
+	$(BIN)/python demo.py --minutes $(MINUTES)
 
 test: $(STAMP)  ## lint, types, and the default tests (below 10 minutes on 2 cores)
 	$(BIN)/ruff check .

@@ -291,13 +291,19 @@ def _bumps(canvas, skin, person, light, hx, hy, turn, head, ears, pixel) -> None
         ((0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
     ]
     for centre, axes, tone in bumps if ears else bumps[:1]:
-        part = ellipsoid(hx, hy, turn, axes, centre, pixel)
-        front = np.clip((part.z - head.z) / 0.05 + 1 - head.alpha, 0, 1)
+        x, y = (sum(turn[i, k] * centre[k] for k in range(3)) for i in range(2))
+        near = (np.abs(hx - x) < max(axes) + 2 * pixel) & (np.abs(hy - y) < max(axes) + 2 * pixel)
+        rows, columns = near.any((0, 2)).nonzero()[0], near.any((0, 1)).nonzero()[0]
+        if not len(rows):
+            continue  # outside the frame
+        window = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        part = ellipsoid(hx[window], hy[window], turn, axes, centre, pixel)
+        front = np.clip((part.z - head.z[window]) / 0.05 + 1 - head.alpha[window], 0, 1)
         alpha = part.alpha * front
         shade = tone * light.shade(part.normal) * (1 - 0.25 * smoothstep(0.45, 0.95, part.v))
         shine = 0.12 * light.specular(part.normal, 5)
         for plane, flesh in zip(canvas, skin, strict=True):
-            _blend(plane, flesh * shade + shine, alpha)
+            _blend(plane[window], flesh * shade + shine, alpha)
 
 
 def _hair(canvas, style, colour, person, light, hx, hy, turn, pixel) -> None:

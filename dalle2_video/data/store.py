@@ -26,13 +26,11 @@ import numpy as np
 
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.captions import Line
-from dalle2_video.data.texts import ShardTexts
+from dalle2_video.data.texts import ShardTexts, StoreError
+
+__all__ = ["ClipStore", "Settings", "ShardWriter", "StoreError", "split_of", "youtube_id"]
 
 FORMAT = 1
-
-
-class StoreError(RuntimeError):
-    """The store is missing, damaged or made with other settings; the message names the file."""
 
 
 def split_of(youtube_id: str, seed: int, fractions: Mapping[str, float]) -> str:
@@ -52,7 +50,7 @@ def split_of(youtube_id: str, seed: int, fractions: Mapping[str, float]) -> str:
         edge += fraction
         if point < edge:
             return name
-    return next(name for name in reversed(fractions) if fractions[name] > 0)
+    return [name for name in fractions if fractions[name] > 0][-1]
 
 
 def youtube_id(clip_id: str) -> str:
@@ -230,12 +228,12 @@ class ClipStore:
         for i in np.lexsort((self._row[positions], self._shard[positions])):
             clip = positions[i]
             shard = self.shards[self._shard[clip]]
-            self._open(shard)["frames"].read_direct(out, np.s_[self._row[clip]], np.s_[i])
+            _data(self._open(shard), "frames").read_direct(out, np.s_[self._row[clip]], np.s_[i])
         return out
 
     def times(self, clip: int) -> np.ndarray:
         """float64 (F,): the time stamps in seconds of the clip's frames."""
-        return self._open(self.shards[self._shard[clip]])["times"][self._row[clip]]
+        return _data(self._open(self.shards[self._shard[clip]]), "times")[self._row[clip]]
 
     def lines(self, clip: int) -> dict[str, list[Line]]:
         """The clip's lines by category, with their tokens."""
@@ -259,6 +257,13 @@ class ClipStore:
         return {**self.__dict__, "_handles": {}}
 
 
+def _data(file: h5py.File, name: str) -> h5py.Dataset:
+    data = file[name]
+    if not isinstance(data, h5py.Dataset):
+        raise KeyError(f"{name} is no data set")
+    return data
+
+
 def _check_shard(root: Path, shard: str, settings: Settings, rows: int) -> None:
     video, text, _ = shard_paths(root, shard)
     for path in (video, text):
@@ -266,7 +271,7 @@ def _check_shard(root: Path, shard: str, settings: Settings, rows: int) -> None:
             raise StoreError(f"{path} is missing, but index/{shard}.json lists it")
     try:
         with h5py.File(video, "r", locking=False) as file:
-            shape = file["frames"].shape
+            shape = _data(file, "frames").shape
     except (OSError, KeyError) as error:
         raise StoreError(f"{video} is damaged ({error}): delete it, run preprocess") from error
     if shape != (rows, *settings.shape):

@@ -14,8 +14,8 @@ from dalle2_video.data.captions import CATEGORIES, Line, to_line
 FORMAT = 1
 
 
-class TextsError(RuntimeError):
-    """A texts file that is missing or damaged; the message names it."""
+class StoreError(RuntimeError):
+    """The store is missing, damaged or made with other settings; the message names the file."""
 
 
 def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[str]]]) -> None:
@@ -61,9 +61,9 @@ class ShardTexts:
             self.names: list[str] = content["categories"]
             self.text: bytes = content["text"].encode()
         except FileNotFoundError as error:
-            raise TextsError(f"{path} is missing: run preprocess again") from error
+            raise StoreError(f"{path} is missing: run preprocess again") from error
         except Exception as error:
-            raise TextsError(f"{path} is damaged ({error}): delete it, run preprocess") from error
+            raise StoreError(f"{path} is damaged ({error}): delete it, run preprocess") from error
         breaks = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("\n"))
         self.text_end = np.append(breaks, len(self.text))
 

@@ -25,6 +25,8 @@ from typing import BinaryIO
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
 
@@ -100,19 +102,18 @@ def decode_clip(
                     raise ClipError(f"truncated: stops at {end:.2f} s of {promised:.2f} s")
                 needs = start + num_frames / fps
                 raise ClipError(f"too short: has {end:.1f} s, needs {needs:.1f} s")
-    except av.FFmpegError as error:
-        raise ClipError(f"undecodable: {error.strerror or error}") from error
+    except FFmpegError as error:
+        cause = "no video, or truncated" if held is None else "damaged or truncated"
+        raise ClipError(f"{cause}: {error.strerror or error}") from error
     return DecodedClip(frames, times)
 
 
-def _open(source: bytes | str | os.PathLike[str]) -> av.container.InputContainer:
+def _open(source: bytes | str | os.PathLike[str]) -> InputContainer:
     file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
     return av.open(file, metadata_errors="replace")
 
 
-def _decode(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[av.VideoFrame]:
+def _decode(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Frames in display order; a damaged packet is an error, not a grey frame."""
     stream.codec_context.options = {"err_detect": "explode"}
     stream.codec_context.thread_count = 1  # clips run in parallel, so each keeps to one core

@@ -1,0 +1,185 @@
+"""`make demo`: every stage as its own script, timed, with a table, a report and a page at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dalle2_video.evaluation.page import write_page
+
+SHARES = {"clip": 0.22, "prior": 0.09, "base": 0.69}  # of the minutes that are left for training
+RESERVE = {"script": 0.25, "evaluation": 1.6}  # minutes: a script's start, sampling and judging
+SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a stage, its minutes of wall clock, its figure and what chance gives."""
+
+    stage: str
+    minutes: float
+    figure: str
+    chance: str
+
+
+@dataclass
+class Demo:
+    """The demo of one budget of minutes in one folder; a finished stage is not run again."""
+
+    minutes: float
+    run_dir: str
+    data: str
+    overrides: Sequence[str] = ()
+    begun: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.run_dir)
+        self.state_path = self.folder / "demo.json"
+        self.state: dict[str, Any] = {"minutes": self.minutes, "stages": {}}
+        if self.state_path.exists():
+            self.state = json.loads(self.state_path.read_text())
+            if self.state["minutes"] != self.minutes:
+                raise SystemExit(
+                    f"{self.folder} holds a demo of {self.state['minutes']:g} minutes: remove it, "
+                    f"or choose another --run-dir for one of {self.minutes:g}"
+                )
+
+    @property
+    def elapsed(self) -> float:
+        """Minutes spent, earlier starts of the same demo included."""
+        return sum(stage["minutes"] for stage in self.state["stages"].values())
+
+    def run(self) -> None:
+        """All stages, then the page and the table."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.script("preprocess", "preprocess.py")
+        budget = self.minutes - self.elapsed - RESERVE["evaluation"] - 3 * RESERVE["script"]
+        if budget <= 0:
+            raise SystemExit(f"{self.minutes:g} minutes leave nothing to train in; try 20")
+        for stage, script, key in (
+            ("clip", "train_clip.py", "clip"),
+            ("prior", "train_prior.py", "prior"),
+            ("base", "train_decoder.py", "unets.base"),
+        ):
+            minutes = self.state.setdefault("budget", {}).setdefault(stage, budget * SHARES[stage])
+            self.script(stage, script, f"{key}.train.minutes={minutes:.3f}")
+        self.script("evaluation", "evaluate.py", f"evaluate.clips={SAMPLES}", f"out={self.folder}")
+        self.finish()
+
+    def script(self, name: str, script: str, *arguments: str) -> None:
+        """Run one script as a user would; note its minutes and its peak memory."""
+        if name in self.state["stages"]:
+            print(f"-- {name}: done already", flush=True)
+            return
+        command = [
+            script,
+            f"run_dir={self.folder}",
+            f"train_name={self.folder.name}",
+            f"data.root={self.data}",
+            "mixed_precision=bf16",
+            *arguments,
+            *self.overrides,
+        ]
+        print(f"-- {name}: python {' '.join(command)}", flush=True)
+        begun = time.monotonic()
+        subprocess.run([sys.executable, *command], check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB, of any child
+        self.state["stages"][name] = {
+            "minutes": (time.monotonic() - begun) / 60,
+            "peak_gigabytes_so_far": peak,
+        }
+        temporary = self.state_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state, indent=1))
+        os.replace(temporary, self.state_path)
+
+    def finish(self) -> None:
+        """report.json, the page, and the table on the terminal."""
+        judged = json.loads((self.folder / "report.json").read_text())
+        clip = last_validation(self.folder / "clip" / "metrics.jsonl")
+        prior = last_validation(self.folder / "prior" / "metrics.jsonl")
+        stages = self.state["stages"]
+        figures = {
+            "minutes_total": self.elapsed,
+            "minutes_budget": self.minutes,
+            "peak_memory_gigabytes": max(s["peak_gigabytes_so_far"] for s in stages.values()),
+            **{f"minutes_{name}": stage["minutes"] for name, stage in stages.items()},
+            **{f"clip_{name}": value for name, value in clip.items()},
+            **{f"prior_{name}": value for name, value in prior.items()},
+            **judged,
+            "commit": commit(),
+            "hardware": f"{os.cpu_count()} cores, {processor()}",
+        }
+        (self.folder / "report.json").write_text(json.dumps(figures, indent=1))
+        captions = json.loads((self.folder / "captions.json").read_text())
+        rows = self.rows(figures)
+        write_page(self.folder, captions, rows, figures)
+        print_table(rows)
+        print(f"look at {self.folder}/index.html, sheet.png and samples.mp4")
+
+    def rows(self, f: dict[str, Any]) -> list[Row]:
+        """The table."""
+        n = f["clip_val_clips"] if "clip_val_clips" in f else None
+        chance = f"{100 / n:.1f} %" if n else "1 / clips of val"
+        recall = [f.get(f"clip_recall_at_1_{way}") for way in ("text_to_video", "video_to_text")]
+        both = " / ".join(f"{100 * r:.1f} %" for r in recall if r is not None)
+        accuracy = (
+            f"attribute accuracy {100 * f['attribute_accuracy']:.1f} % "
+            f"({100 * f['attribute_accuracy_low']:.1f} to "
+            f"{100 * f['attribute_accuracy_high']:.1f})"
+        )
+        minutes = {name: stage["minutes"] for name, stage in self.state["stages"].items()}
+        return [
+            Row("preprocess", minutes["preprocess"], "", ""),
+            Row("video CLIP", minutes["clip"], f"recall@1 on val {both}", chance),
+            Row("prior", minutes["prior"], f"cosine {f.get('prior_cosine_to_video', 0):.2f}", "0"),
+            Row("decoder", minutes["base"], "", ""),
+            Row(
+                "sampling", minutes["evaluation"], accuracy, f"{100 * f['attribute_chance']:.1f} %"
+            ),
+            Row("  shuffled captions", 0.0, f"{100 * f['attribute_accuracy_shuffled']:.1f} %", ""),
+            Row("  real clips", 0.0, f"{100 * f['ceiling_accuracy']:.1f} %", ""),
+            Row("total", f["minutes_total"], f"peak {f['peak_memory_gigabytes']:.1f} GB", ""),
+        ]
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """The rows in columns."""
+    print(f"\n{'stage':22}{'minutes':>8}  {'figure':48}chance")
+    for row in rows:
+        minutes = f"{row.minutes:.1f}" if row.minutes else ""
+        print(f"{row.stage:22}{minutes:>8}  {row.figure:48}{row.chance}")
+
+
+def last_validation(path: Path) -> dict[str, float]:
+    """The figures of the newest validation in a metrics.jsonl, without their `val/`."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [line for line in lines if any(key.startswith("val/") for key in line)]
+    last = found[-1] if found else {}
+    return {key[4:]: value for key, value in last.items() if key.startswith("val/")}
+
+
+def commit() -> str:
+    """The short hash of the checkout, with + where it has changes; "unknown" outside git."""
+    try:
+        run = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

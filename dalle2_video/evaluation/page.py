@@ -1,0 +1,70 @@
+"""One HTML page with a player per sampled clip, and all clips in one mp4."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+
+from dalle2_video.data.video import encode_mp4
+
+if TYPE_CHECKING:
+    from dalle2_video.evaluation.demo import Row
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; text-align: left }
+tr:nth-child(even) { background: #f3f3f3 }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1.2em }
+video { width: 100%; image-rendering: pixelated; background: #000 } figure { margin: 0 }
+figcaption { font-size: 12px; color: #444 }
+"""
+
+
+def write_page(
+    folder: Path, captions: Sequence[str], rows: Sequence[Row], figures: Mapping[str, Any]
+) -> None:
+    """index.html over folder/clips/*.mp4, and samples.mp4: the same clips side by side, twice."""
+    paths = sorted((folder / "clips").glob("*.mp4"))[: len(captions)]
+    table = "".join(
+        f"<tr><td>{html.escape(r.stage)}<td>{r.minutes:.1f}<td>{html.escape(r.figure)}"
+        f"<td>{html.escape(r.chance)}"
+        for r in rows
+    )
+    players = "".join(
+        f'<figure><video src="clips/{path.name}" controls loop muted autoplay></video>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for path, caption in zip(paths, captions, strict=True)
+    )
+    (folder / "index.html").write_text(
+        f"<!doctype html><meta charset=utf-8><title>DALLE2-video demo</title><style>{STYLE}</style>"
+        f"<h1>DALLE2-video: sampled from captions of unseen combinations</h1>"
+        f"<p>commit {html.escape(str(figures['commit']))}, {html.escape(figures['hardware'])}</p>"
+        f"<table><tr><th>stage<th>minutes<th>figure<th>chance{table}</table>"
+        f'<div class="clips">{players}</div>',
+        encoding="utf-8",
+    )
+    clips, fps = zip(*(read_mp4(path) for path in paths), strict=True)
+    encode_mp4(folder / "samples.mp4", grid(np.stack(clips)).repeat(4, 1).repeat(4, 2), fps[0])
+
+
+def read_mp4(path: Path) -> tuple[np.ndarray, float]:
+    """All frames of one of our own mp4 files, uint8 (F, H, W, 3), and its frames per second."""
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames), float(rate or 8)
+
+
+def grid(clips: np.ndarray) -> np.ndarray:
+    """Clips (B, F, H, W, 3) side by side, as square as it goes: (F, rows H, columns W, 3)."""
+    count, frames, height, width, _ = clips.shape
+    columns = int(np.ceil(count**0.5))
+    rows = -(-count // columns)
+    blank = np.zeros((rows * columns - count, frames, height, width, 3), clips.dtype)
+    tiles = np.concatenate([clips, blank]).reshape(rows, columns, frames, height, width, 3)
+    return tiles.transpose(2, 0, 3, 1, 4, 5).reshape(frames, rows * height, columns * width, 3)
