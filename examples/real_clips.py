@@ -306,7 +306,7 @@ def pack(video: Video, data: bytes, out: Path, say: Say) -> tuple[int, float]:
 
 
 def _write(bundle: zipfile.ZipFile, name: str, data: bytes, compression: int) -> None:
-    info = zipfile.ZipInfo(name)  # dated 1980, so that the same input gives the same zip
+    info = zipfile.ZipInfo(name)  # dated 1980, whatever the clock says
     info.compress_type, info.external_attr = compression, 0o644 << 16
     bundle.writestr(info, data)
 

@@ -243,6 +243,14 @@ def test_a_seeded_fifth_of_the_combinations_is_held_out():
         assert values - {None} == set(ATTRIBUTES[name])
 
 
+def test_clips_of_held_out_combinations_show_all_values_evenly():
+    clips = [c.attributes for c in plan(6000, seed=0) if c.split == "combo"]
+    for name in APPEARANCE:
+        labels = [c.labels()[name] for c in clips if c.labels()[name] >= 0]
+        shares = np.bincount(labels) / len(labels)
+        assert shares.max() * len(shares) < 1.35, name
+
+
 def test_plan_keeps_the_split_rules():
     clips = plan(1200, seed=0)
     held = held_out_combinations(0)
@@ -259,6 +267,15 @@ def test_plan_keeps_the_split_rules():
     assert all(len({(c.identity, c.attributes.skin) for c in p}) == 1 for p in people.values())
     assert max(len(p) for p in people.values()) > 1
     assert len({p[0].identity for p in people.values()}) == len(people)
+
+
+def test_splits_follow_the_seed_that_the_readers_use():
+    clips, moved = plan(200, seed=0), plan(200, seed=0, split_seed=3)
+    assert [c.clip_id for c in clips] == [c.clip_id for c in moved]
+    held = held_out_combinations(0)
+    for clip in moved:
+        assert clip.split == split_of(clip.clip_id[:11], 3, FRACTIONS)
+        assert (clip.attributes.combination in held) == (clip.split == "combo")
 
 
 def test_plan_is_pure_and_clips_are_named_like_celebv_text():

@@ -20,6 +20,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -49,7 +50,7 @@ _READ_ERRORS = (
 )
 
 
-class ArchiveError(RuntimeError):
+class ArchiveError(Exception):
     """Nothing to read, or a member that cannot be read; the message is the cause."""
 
 
@@ -74,11 +75,11 @@ class Member:
             if self.data is not None:
                 return self.data
             if self.kind == "zip":
-                return _zip(self.archive, os.getpid()).read(self.name)
+                return _open_zip(self.archive).read(self.name)
             if self.kind == "folder":
                 return (Path(self.archive) / self.name).read_bytes()
             if self.kind != "tar":
-                raise ArchiveError("a compressed tar is read by `stream` alone")
+                raise ArchiveError("truncated: its archive ends before it")  # see Source.stream
             with open(self.archive, "rb") as file:
                 file.seek(self.offset)
                 data = file.read(self.size)
@@ -123,22 +124,19 @@ class Source:
 
     def stream(self) -> Iterator[tuple[str, Member, bytes | None]]:
         """(clip id, member, bytes) of each video; bytes None: whoever needs them reads them."""
+        rest = dict(self.videos)
         if any(member.kind == "stream" for member in self.videos.values()):
             clip_of = {member.name: clip for clip, member in self.videos.items()}
-            try:
-                with tarfile.open(self.archive, "r|*") as tar:
-                    for info in tar:
-                        clip = clip_of.pop(info.name, None) if info.isreg() else None
-                        file = tar.extractfile(info) if clip is not None else None
-                        if clip is not None and file is not None:
-                            yield clip, self.videos[clip], file.read()
-            except _READ_ERRORS as error:
-                raise ArchiveError(
-                    f"{self.archive} changed or broke while read: {error}"
-                ) from error
-            return
-        for clip in sorted(self.videos):
-            yield clip, self.videos[clip], None
+            with suppress(*_READ_ERRORS), tarfile.open(self.archive, "r|*") as tar:
+                for info in tar:
+                    clip = clip_of.pop(info.name, None) if info.isreg() else None
+                    file = tar.extractfile(info) if clip is not None else None
+                    if clip is not None and file is not None:
+                        data = file.read()
+                        yield clip, rest.pop(clip), data
+        # What a broken compressed tar did not give is among the rest: reading it names the cause.
+        for clip in sorted(rest):
+            yield clip, rest[clip], None
 
 
 @dataclass
@@ -283,7 +281,7 @@ def _list_archive(path: Path, shard: str, members: _Members) -> None:
 def _zip_or_tar(archive: str) -> Iterator[tuple[Member, str]]:
     """(member, why it is no plain file or "") by the file's content, not its suffix."""
     if archive.lower().endswith(".zip") or zipfile.is_zipfile(archive):
-        for info in _zip(archive, os.getpid()).infolist():
+        for info in _open_zip(archive).infolist():
             link = stat.S_ISLNK(info.external_attr >> 16)
             if not info.is_dir():
                 cause = "is a link, which is not followed" if link else ""
@@ -319,7 +317,12 @@ def _unsafe(name: str) -> str:
     return ""
 
 
+def _open_zip(archive: str) -> zipfile.ZipFile:
+    """An open zip per process and state of the file: a fork must not share its parent's offset."""
+    status = os.stat(archive)
+    return _cached_zip(archive, os.getpid(), status.st_mtime_ns, status.st_size)
+
+
 @lru_cache(maxsize=8)
-def _zip(archive: str, pid: int) -> zipfile.ZipFile:
-    """An open zip per process: a forked child must not share its parent's file offset."""
+def _cached_zip(archive: str, pid: int, mtime: int, size: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)

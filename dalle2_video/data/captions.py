@@ -161,14 +161,15 @@ def tokenizer() -> Any:
 
 
 def clean(text: str) -> str:
-    """What the tokenizer itself would do first (mend encodings, unescape HTML, single spaces).
+    """What the tokenizer itself would do first: mend encodings, unescape HTML, single spaces.
 
-    A control token written out in a text is broken up, or it would end the line for the tower.
+    Invisible characters go, and a control token written out in a text is broken up, or it would end
+    the line for the tower.
     """
     from open_clip.tokenizer import basic_clean, whitespace_clean
 
     text = re.sub(r"<(start|end)_of_text>", r"< \1_of_text >", basic_clean(text), flags=re.I)
-    return whitespace_clean(text)
+    return whitespace_clean("".join(c for c in text if c.isprintable() or c.isspace()))
 
 
 @lru_cache(maxsize=65536)

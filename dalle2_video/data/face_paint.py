@@ -155,7 +155,8 @@ def _glasses(paint, planes, u, v, w) -> None:
     side, centre = np.abs(u), paint.person.eye_spacing + 0.015
     front = np.clip(w * 6 - 0.3, 0, 1)
     du, dv = side - centre, v - EYE_V
-    outer = ((du / 0.36) ** 4 + (dv / 0.31) ** 4) ** 0.25 - 1
+    square = np.square(du / 0.36), np.square(dv / 0.31)
+    outer = np.sqrt(np.sqrt(square[0] ** 2 + square[1] ** 2)) - 1  # a rounded rectangle
     ring = np.abs(outer + 0.14) * 0.33 - 0.048
     bridge = np.maximum(np.abs(dv + 0.07) - 0.045, side - 0.12)
     temple = np.maximum(np.abs(dv + 0.05) - 0.05, np.maximum(0.70 - side, -0.05 - w))

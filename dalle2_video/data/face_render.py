@@ -172,7 +172,8 @@ def _draw(
 
     hx, hy = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
     a, b, _ = person.axes
-    hx = hx / (1 - person.taper * np.clip(hy / b, 0, 1.1) ** 1.5)
+    low = np.clip(hy / b, 0, 1.1)
+    hx = hx / (1 - person.taper * low * np.sqrt(low))
     light = Light((cos * key[0] + sin * key[1], cos * key[1] - sin * key[0],
                    np.full_like(cos, key[2])), ambient, strength)  # fmt: skip
     turn = rotation(pose.yaw, pose.pitch)

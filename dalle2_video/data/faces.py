@@ -16,12 +16,11 @@ import base64
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +38,13 @@ from .face_attributes import (
 )
 from .face_captions import write_captions
 from .face_render import render
+from .pool import WorkerPool, ahead
 from .store import split_of
 from .video import encode_mp4
 
 FRACTIONS = {"train": 0.85, "val": 0.075, "combo": 0.075}
-CRF, PRESET = 14, "veryfast"
+# Slower presets of x264 look ahead, and do not give the same bytes each time for small frames.
+CRF, PRESET = 14, "ultrafast"
 FORMAT = 1  # raise when the same settings give other clips, so that old archives are not continued
 
 
@@ -79,9 +80,17 @@ def read_attributes(path: str | os.PathLike[str]) -> dict[str, FaceAttributes]:
     return found
 
 
-def plan(num_clips: int, seed: int, fractions: dict[str, float] = FRACTIONS) -> list[FaceClip]:
-    """All clips of a data set, in order; a pure function. Ids hold 2 to 4 clips each."""
-    ids = list(_ids(num_clips, seed, fractions))
+def plan(
+    num_clips: int,
+    seed: int,
+    fractions: Mapping[str, float] = FRACTIONS,
+    split_seed: int | None = None,
+) -> list[FaceClip]:
+    """All clips of a data set, in order; a pure function. Ids hold 2 to 4 clips each.
+
+    split_seed (None: `seed`) is the one that the readers of the data give to `split_of`.
+    """
+    ids = list(_ids(num_clips, seed, fractions, seed if split_seed is None else split_seed))
     held_out = held_out_combinations(seed)
     pools = {"train": frozenset(all_combinations()) - held_out, "combo": held_out}
     looks: dict[str, list[Combination]] = {}
@@ -111,7 +120,9 @@ class _Person:
     clips: int
 
 
-def _ids(num_clips: int, seed: int, fractions: dict[str, float]) -> Iterator[_Person]:
+def _ids(
+    num_clips: int, seed: int, fractions: Mapping[str, float], split_seed: int
+) -> Iterator[_Person]:
     """People with 2 to 4 clips each until num_clips are full."""
     index = 0
     while num_clips > 0:
@@ -122,7 +133,7 @@ def _ids(num_clips: int, seed: int, fractions: dict[str, float]) -> Iterator[_Pe
             name = name[:place] + "_-"[index % 4] + name[place + 1 :]
         clips = min(num_clips, 2 + digest[0] % 3)
         identity = int.from_bytes(digest[:6], "big")
-        yield _Person(name, split_of(name, seed, fractions), identity, clips)
+        yield _Person(name, split_of(name, split_seed, fractions), identity, clips)
         num_clips, index = num_clips - clips, index + 1
 
 
@@ -168,10 +179,6 @@ def draw_clip(clip: FaceClip, form: FaceFormat) -> tuple[bytes, dict[str, str]]:
     return file.getvalue(), texts
 
 
-def _draw_task(task: tuple[FaceClip, FaceFormat]) -> tuple[bytes, dict[str, str]]:
-    return draw_clip(*task)
-
-
 def write_dataset(
     out: str | os.PathLike[str],
     num_clips: int,
@@ -179,31 +186,34 @@ def write_dataset(
     fps: float = 8.0,
     seconds: float = 2.0,
     seed: int = 0,
-    fractions: dict[str, float] | None = None,
+    fractions: Mapping[str, float] = FRACTIONS,
     workers: int = 2,
     clips_per_archive: int = 1000,
     progress: bool = True,
+    split_seed: int | None = None,
 ) -> list[FaceClip]:
     """Write the whole data set into the folder `out` and return its plan.
 
     The same arguments give the same attributes, captions and archives, whatever `workers`. Archives
-    get their name when whole; those that stand there from a stopped run are kept. Raises
-    ValueError for an impossible size, and when `out` holds a data set of other settings.
+    get their name when whole; those that stand there from a stopped run are kept. Fewer than two
+    `workers` draw in this process. split_seed: see `plan`. Raises ValueError for an impossible
+    size, and when `out` holds a data set of other settings.
     """
     form = FaceFormat(size, fps, seconds)
     if size % 2 or not 16 <= size <= 512:
         raise ValueError(f"size {size}: an even number from 16 to 512 is needed")
     if num_clips < 1 or form.num_frames < 1 or clips_per_archive < 1:
         raise ValueError("clips, frames and clips_per_archive must each be at least 1")
-    fractions = fractions or FRACTIONS
+    split_seed = seed if split_seed is None else split_seed
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "format": FORMAT, "num_clips": num_clips, "size": size, "fps": fps, "seconds": seconds,
-        "seed": seed, "fractions": fractions, "clips_per_archive": clips_per_archive,
+        "seed": seed, "split_seed": split_seed, "fractions": dict(fractions),
+        "clips_per_archive": clips_per_archive,
     }  # fmt: skip
     _claim(out / "faces.json", settings)
-    clips = plan(num_clips, seed, fractions)
+    clips = plan(num_clips, seed, fractions, split_seed)
     archives = [clips[k : k + clips_per_archive] for k in range(0, num_clips, clips_per_archive)]
     names = [f"faces_{k:03d}.zip" for k in range(len(archives))]
     rows = [c.to_row(n) for n, part in zip(names, archives, strict=True) for c in part]
@@ -212,29 +222,12 @@ def write_dataset(
     todo = [(out / n, p) for n, p in zip(names, archives, strict=True) if not (out / n).exists()]
     tasks = [(clip, form) for _, part in todo for clip in part]
     bar = tqdm(total=len(tasks), unit="clip", desc="faces", disable=not progress or not tasks)
-    with bar, _Pool(min(workers, len(tasks))) as pool:
-        drawn = pool.imap(_draw_task, tasks)
+    with bar, WorkerPool(workers if workers > 1 else 0, "dalle2_video.data.faces") as pool:
+        futures = ahead((pool.submit(draw_clip, *task) for task in tasks), 8 * workers)
+        drawn = (future.result() for future in futures)
         for path, part in todo:
             _write_archive(path, part, drawn, bar)
     return clips
-
-
-class _Pool:
-    """multiprocessing's ordered imap, or plain map without processes for less than two workers."""
-
-    def __init__(self, workers: int) -> None:
-        # spawn: safe whatever threads the caller already runs
-        self.pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.pool:
-            self.pool.terminate()
-
-    def imap(self, function, tasks) -> Iterator:
-        return self.pool.imap(function, tasks, chunksize=8) if self.pool else map(function, tasks)
 
 
 def _claim(path: Path, settings: dict) -> None:
@@ -281,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip")
     parser.add_argument("--frames", type=int, help="frames of a clip, instead of --seconds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split-seed", type=int, help="data.split_seed, where it is not --seed")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--clips-per-archive", type=int, default=1000)
     given = parser.parse_args(arguments)
@@ -289,6 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         clips = write_dataset(
             given.out, given.clips, given.size, given.fps, seconds, given.seed,
             workers=given.workers, clips_per_archive=given.clips_per_archive,
+            split_seed=given.split_seed,
         )  # fmt: skip
     except ValueError as error:
         parser.error(str(error))

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,7 +175,13 @@ def _make_shard(
 
     with ShardWriter(out, source.name, settings) as shard:
         for job, future in ahead(tasks(), 4 * max(config.workers, 1)):
-            result = job.cause if future is None else future.result()
+            try:
+                result = job.cause if future is None else future.result()
+            except BrokenProcessPool as error:
+                raise ArchiveError(
+                    f"a worker died, out of memory or in the decoder, at or soon after clip "
+                    f"{job.clip} of {source.archive}: use fewer data.workers, or remove that clip"
+                ) from error
             bar.update()
             notes += job.notes
             if isinstance(result, str):

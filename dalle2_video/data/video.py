@@ -31,8 +31,6 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
 
 from dalle2_video.data.atomic import whole
-from dalle2_video.data.sheet import contact_sheet as contact_sheet
-from dalle2_video.data.sheet import save_sheet as save_sheet
 
 
 class ClipError(ValueError):
@@ -66,11 +64,22 @@ def decode_clip(
     filled = 0
     held: av.VideoFrame | None = None
     held_time = duration = 0.0
+    aspect = 1.0
+
+    def show_until(end: float) -> int:
+        """Gives the held frame to all wanted times before `end` that have none yet."""
+        count = int(np.searchsorted(wanted, end, side="left"))
+        if held is not None and count > filled:
+            frames[filled:count] = _square(held, size, aspect)
+            times[filled:count] = held_time
+        return max(filled, count)
+
     try:
         with _open(source) as container:
             if not container.streams.video:
                 raise ClipError("has no video stream")
             stream = container.streams.video[0]
+            aspect = float(stream.sample_aspect_ratio or 1)
             tick = float(stream.time_base or Fraction(1, 1000))
             # Containers round time stamps to their tick: Matroska writes 1/15 s as 67 ms.
             tolerance = min(tick / 2, 1e-3) + 1e-6
@@ -83,25 +92,23 @@ def decode_clip(
                 first = time if first is None else first
                 time -= first
                 if held is not None:
-                    count = int(np.searchsorted(wanted, time - tolerance, side="left"))
-                    filled = _fill(frames, times, filled, count, held, held_time)
+                    filled = show_until(time - tolerance)
                     if filled == num_frames:
                         return DecodedClip(frames, times)
                     duration = time - held_time
                 held, held_time = frame, time
             if held is None:
-                raise ClipError("undecodable: has no frame")
+                raise ClipError("damaged or truncated: has no frame")
             if held.duration:
                 duration = float(held.duration * (held.time_base or tick))
             end = held_time + duration
-            count = int(np.searchsorted(wanted, end + tolerance, side="left"))
-            filled = _fill(frames, times, filled, count, held, held_time)
+            filled = show_until(end + tolerance)
             if filled < num_frames:
                 promised = float(stream.duration * tick) if stream.duration else 0.0
                 if promised > end + max(4 * duration, 0.1):
                     raise ClipError(f"truncated: stops at {end:.2f} s of {promised:.2f} s")
                 needs = start + num_frames / fps
-                raise ClipError(f"too short: has {end:.1f} s, needs {needs:.1f} s")
+                raise ClipError(f"too short: has {round(end, 2)} s, needs {round(needs, 2)} s")
     except FFmpegError as error:
         cause = "no video, or truncated" if held is None else "damaged or truncated"
         raise ClipError(f"{cause}: {error.strerror or error}") from error
@@ -110,7 +117,7 @@ def decode_clip(
 
 def _open(source: bytes | str | os.PathLike[str]) -> InputContainer:
     file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-    return av.open(file, metadata_errors="replace")
+    return av.open(file, "r", metadata_errors="replace")
 
 
 def _decode(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
@@ -124,20 +131,6 @@ def _decode(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Vi
             if frame.is_corrupt:
                 raise ClipError("damaged: a frame does not decode whole")
             yield frame
-
-
-def _fill(
-    frames: np.ndarray,
-    times: np.ndarray,
-    filled: int,
-    count: int,
-    held: av.VideoFrame,
-    time: float,
-) -> int:
-    if count > filled:
-        frames[filled:count] = _square(held, frames.shape[1])
-        times[filled:count] = time
-    return max(filled, count)
 
 
 # ---------------------------------------------------------------- one frame: colour, turn, size
@@ -176,11 +169,9 @@ def frame_to_rgb(frame: av.VideoFrame) -> np.ndarray:
     return rgb.to_ndarray()
 
 
-def _square(frame: av.VideoFrame, size: int) -> np.ndarray:
+def _square(frame: av.VideoFrame, size: int, aspect: float) -> np.ndarray:
     """The upright centre square of a decoded frame, uint8 (size, size, 3)."""
-    image = frame_to_rgb(frame)
-    aspect = float(getattr(frame, "sample_aspect_ratio", None) or 1)
-    image, aspect = _upright(image, aspect, _display_matrix(frame))
+    image, aspect = _upright(frame_to_rgb(frame), aspect, _display_matrix(frame))
     return crop_resize(image, size, aspect)
 
 
@@ -221,7 +212,7 @@ def crop_resize(image: np.ndarray, size: int, aspect: float = 1.0) -> np.ndarray
         side = min(height, width * aspect)
         rows = resize_matrix(height, size, (height - side) / 2, side)
         columns = resize_matrix(width, size, (width - side / aspect) / 2, side / aspect)
-    if image.shape[:2] != (size, size):
+    if aspect != 1.0 or image.shape[:2] != (size, size):
         flat = np.ascontiguousarray(image, np.float32).reshape(image.shape[0], -1)
         half = (rows @ flat).reshape(size, image.shape[1], 3)
         image = np.matmul(columns, half).round().clip(0, 255)

@@ -8,9 +8,9 @@ to a flat JSON.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dalle2_video.checkpoint import save_model
 from dalle2_video.data.face_attributes import ATTRIBUTES
 from dalle2_video.data.faces import FaceClip, FaceFormat, draw_clip, plan
+from dalle2_video.data.pool import WorkerPool, ahead
 from dalle2_video.data.video import decode_clip
 from dalle2_video.keyed import generator
 
@@ -48,8 +49,9 @@ def decoded(clip: FaceClip) -> np.ndarray:
 
 def draw_all(clips: list[FaceClip], workers: int) -> Tensor:
     """uint8 (N,8,32,32,3) of all clips, in order."""
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        frames = list(tqdm(pool.imap(decoded, clips, chunksize=16), total=len(clips), unit="clip"))
+    with WorkerPool(workers if workers > 1 else 0, "dalle2_video.evaluation.train_probe") as pool:
+        futures = ahead((pool.submit(decoded, clip) for clip in clips), 8 * workers)
+        frames = [f.result() for f in tqdm(futures, total=len(clips), unit="clip")]
     return torch.from_numpy(np.stack(frames))
 
 
@@ -109,6 +111,13 @@ def flat(split: str, result: Score) -> dict[str, float]:
     figures |= {f"probe_{split}_chance_mean": result.mean_chance}
     figures |= {f"probe_{split}_accuracy_{k}": v for k, v in result.accuracy.items()}
     return {name: round(value, 4) for name, value in figures.items()}
+
+
+def _commit() -> str:
+    """The commit that the working tree stands on; "none" outside a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "none"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -171,6 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
     figures |= {
         "probe_sha256": loaded.sha256,
+        "commit": _commit(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
     }

@@ -3,7 +3,8 @@
 Both are open_clip's causal TextTransformer (Radford et al. 2021, arXiv 2103.00020, section 2.4).
 It is run here piece by piece, because its own forward fails on lines shorter than its context, and
 returns states only under a flag that changes its return type. Under the causal mask nothing after
-EOT reaches a token up to EOT, so a batch of lines trimmed to its longest gives the same numbers.
+EOT reaches a token up to EOT, so lines may run without their padding: sorted by length and in
+BUCKETS passes, which halves the work on captions (most lines are short, a few are long).
 
 U lines, T tokens, W tower width, D embedding dimension.
 """
@@ -18,14 +19,28 @@ from typing import NamedTuple, cast
 
 import open_clip
 import torch
-from open_clip.transformer import TextTransformer
+import torch.nn.functional as F
+from einops import rearrange
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from dalle2_video.models.sdpa import attention
 
 CONTEXT_LENGTH = 77
 VOCAB_SIZE = 49408  # open_clip's SimpleTokenizer; its last entry is EOT
 EOT = VOCAB_SIZE - 1
-LOAD_ERRORS = (RuntimeError, OSError, EOFError, KeyError, UnpicklingError, SafetensorError)
+BUCKETS = 3
+# What open_clip raises for a file that is damaged or of another model (assertions among it).
+LOAD_ERRORS = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    KeyError,
+    AssertionError,
+    UnpicklingError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -69,17 +84,52 @@ class LineFeatures(NamedTuple):
     length: Tensor
 
 
+class TextBlock(nn.Module):
+    """open_clip's default block with its own weights and our `attention`, faster on a CPU."""
+
+    def __init__(self, block: ResidualAttentionBlock) -> None:
+        super().__init__()
+        source = block.attn
+        self.heads = source.num_heads
+        self.norm1, self.norm2 = block.ln_1, block.ln_2
+        self.qkv = nn.Linear(source.embed_dim, 3 * source.embed_dim)
+        self.qkv.weight, self.qkv.bias = source.in_proj_weight, source.in_proj_bias
+        self.out, self.mlp = source.out_proj, block.mlp
+        self.scale1, self.scale2 = block.ls_1, block.ls_2
+
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm1(x))
+        q, k, v = rearrange(qkv, "u t (c h d) -> c u h t d", c=3, h=self.heads)
+        y = rearrange(attention(q, k, v, attn_mask), "u h t d -> u t (h d)")
+        x = x + self.scale1(self.out(y))
+        return x + self.scale2(self.mlp(self.norm2(x)))
+
+
 class TextTower(nn.Module):
     """tokens (U, T <= 77) int64 -> LineFeatures.
 
+    It takes over the weights of `source`, so that every weight is used inside the forward of the
+    module that owns it, which FSDP and ZeRO-3 need.
     A frozen tower stays in eval mode whatever `train()` says and builds no graph.
     Raises ValueError where a line is longer than the context or has no EOT.
     """
 
-    def __init__(self, transformer: TextTransformer, frozen: bool) -> None:
+    causal: Tensor
+
+    def __init__(self, source: TextTransformer, frozen: bool) -> None:
         super().__init__()
-        self.transformer = transformer
         self.frozen = frozen
+        self.token_embedding = source.token_embedding
+        self.positions = source.positional_embedding
+        self.blocks = nn.ModuleList(
+            TextBlock(block) if isinstance(block, ResidualAttentionBlock) else block
+            for block in source.transformer.resblocks
+        )
+        self.norm = source.ln_final
+        self.project = nn.Identity()
+        if source.text_projection is not None:
+            self.project = _linear(source.text_projection)
+        self.register_buffer("causal", source.attn_mask, persistent=False)
         if frozen:
             self.requires_grad_(False)
             self.eval()
@@ -87,7 +137,7 @@ class TextTower(nn.Module):
     @property
     def width(self) -> int:
         """W, the width of the token states."""
-        return self.transformer.width
+        return self.positions.shape[1]
 
     def train(self, mode: bool = True) -> TextTower:
         return super().train(mode and not self.frozen)
@@ -100,25 +150,37 @@ class TextTower(nn.Module):
         if not bool(is_end.any(dim=1).all()):
             lines = (~is_end.any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(f"tokens: lines {lines} have no end token ({EOT})")
-        end = is_end.int().argmax(dim=1)  # the first EOT
+        length = is_end.int().argmax(dim=1) + 1  # up to the first EOT
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            states = self._states(tokens)
-            pooled = states[torch.arange(len(tokens), device=tokens.device), end]
-            return LineFeatures(self._project(pooled).float(), states, end + 1)
+            states = self._states(tokens, length)
+            pooled = states[torch.arange(len(tokens), device=tokens.device), length - 1]
+            return LineFeatures(self.project(pooled).float(), states, length)
 
-    def _states(self, tokens: Tensor) -> Tensor:
-        t, length = self.transformer, tokens.shape[1]
-        mask = cast(Tensor, t.attn_mask)[:length, :length]
-        x = t.token_embedding(tokens) + t.positional_embedding[:length]
-        return t.ln_final(t.transformer(x, attn_mask=mask))
+    def _states(self, tokens: Tensor, length: Tensor) -> Tensor:
+        """(U, T, W). Always BUCKETS passes, even empty ones: sharded ranks must stay in step."""
+        order = length.argsort(stable=True)
+        parts = []
+        for lines in order.tensor_split(BUCKETS):
+            longest = int(length[lines].max()) if len(lines) else 1
+            part = self._pass(tokens[lines, :longest])
+            parts.append(F.pad(part, (0, 0, 0, tokens.shape[1] - longest)))
+        return torch.cat(parts)[order.argsort()]
 
-    def _project(self, pooled: Tensor) -> Tensor:
-        projection = self.transformer.text_projection
-        if projection is None:
-            return pooled
-        if isinstance(projection, nn.Linear):
-            return projection(pooled)
-        return pooled @ projection
+    def _pass(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positions[:length]
+        for block in self.blocks:
+            x = block(x, attn_mask=self.causal[:length, :length])
+        return self.norm(x)
+
+
+def _linear(projection: nn.Linear | nn.Parameter) -> nn.Linear:
+    """open_clip's projection, which may be a (width, D) matrix, as a linear layer."""
+    if isinstance(projection, nn.Linear):
+        return projection
+    layer = nn.Linear(*projection.shape, bias=False)
+    layer.weight = nn.Parameter(projection.detach().T.contiguous())
+    return layer
 
 
 def trained_tower(config: TrainedTextConfig, embed_dim: int) -> TextTower:

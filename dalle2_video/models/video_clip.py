@@ -161,21 +161,3 @@ def pack_states(lines: LineFeatures, line_index: Tensor) -> tuple[Tensor, Tensor
     start = ends.gather(1, slot) - length[line]
     token = torch.where(mask, position - start, 0)
     return states[line, token] * mask.unsqueeze(-1), mask
-
-
-def load_clip(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> VideoCLIP:
-    """A VideoCLIP in eval mode, without gradients, from what a model file of kind "clip" holds.
-
-    A frozen pretrained text tower is rebuilt from its name and weights (`PretrainedTextConfig`).
-    Raises FileNotFoundError or ValueError where those are missing or others than in training, or
-    where the state does not fit the config.
-    """
-    model = VideoCLIP(VideoCLIPConfig.from_dict(config), load_pretrained=False)
-    result = model.load_state_dict(dict(state), strict=False)
-    missing = [name for name in result.missing_keys if model.keeps(name)]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"clip weights do not fit their config: missing {missing[:3]}, "
-            f"not in the model {result.unexpected_keys[:3]}"
-        )
-    return model.eval().requires_grad_(False)

@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from dalle2_video.models.sdpa import attention
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (c h d) -> c b h n d", c=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+        return self.out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
@@ -89,7 +89,7 @@ class ClsTransformer(nn.Module):
 
     def __init__(self, num_tokens: int, width: int, layers: int, heads: int, ratio: float) -> None:
         super().__init__()
-        self.cls = nn.Parameter(torch.empty(1, width))
+        self.cls = nn.Parameter(torch.empty(width))
         self.positions = nn.Parameter(torch.empty(1 + num_tokens, width))
         self.blocks = nn.ModuleList(Block(width, heads, ratio) for _ in range(layers))
         nn.init.normal_(self.cls, std=0.02)
@@ -122,12 +122,10 @@ class VideoTower(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         c = self.config
-        expected = (3, c.num_frames, c.image_size, c.image_size)
-        if video.ndim != 5 or tuple(video.shape[1:]) != expected:
-            shape = tuple(video.shape)
-            raise ValueError(
-                f"video tower: expected (B, C, F, H, W) = (B, *{expected}), got {shape}"
-            )
+        expected = [3, c.num_frames, c.image_size, c.image_size]
+        if video.ndim != 5 or list(video.shape[1:]) != expected:
+            wanted = "(B, C, F, H, W) = (B, {}, {}, {}, {})".format(*expected)
+            raise ValueError(f"video tower: expected {wanted}, got {tuple(video.shape)}")
         patches = rearrange(
             video,
             "b c (f t) (h p) (w q) -> (b f) (h w) (c t p q)",

@@ -14,19 +14,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from dalle2_video import keyed
+from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import Batch, CelebVTextDataset
+from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
+from dalle2_video.data.store import ClipStore
 from dalle2_video.data.video import to_float
 from dalle2_video.evaluation.retrieval import Retrieval, retrieval
+from dalle2_video.generate import load_clip
 from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConfig
 from dalle2_video.models.video_clip import ClipOutput, VideoCLIP, VideoCLIPConfig
 from dalle2_video.models.vivit import VideoTowerConfig
@@ -47,12 +55,15 @@ class TextSection:
     heads: int
     mlp_ratio: float
 
+    def __post_init__(self) -> None:
+        if self.name is not None and self.weights is None:
+            raise ConfigError(f"weights: needed with name={self.name} (a path or an open_clip tag)")
+
     def tower(self) -> TrainedTextConfig | PretrainedTextConfig:
         """The config of the tower that this section asks for."""
         if self.name is None:
             return TrainedTextConfig(self.width, self.layers, self.heads, self.mlp_ratio)
-        if self.weights is None:
-            raise ConfigError(f"weights: needed with name={self.name} (a path or an open_clip tag)")
+        assert self.weights is not None
         return PretrainedTextConfig(self.name, self.weights, self.frozen)
 
 
@@ -67,6 +78,15 @@ class ModelSection:
     def model_config(self) -> VideoCLIPConfig:
         """What VideoCLIP takes."""
         return VideoCLIPConfig(self.embed_dim, self.video, self.text.tower())
+
+
+@dataclass(frozen=True)
+class ClipSection:
+    """The section `clip` of the configuration; `captions` is the policy of training."""
+
+    captions: CaptionPolicy
+    model: ModelSection
+    train: TrainConfig
 
 
 class _AllGather(torch.autograd.Function):
@@ -162,70 +182,106 @@ def refuse_accumulation(train: TrainConfig, world: int) -> None:
         raise ConfigError(NO_ACCUMULATION)
 
 
-@torch.no_grad()
-def embed_split(
-    model: nn.Module, dataset: CelebVTextDataset, accelerator: Accelerator
-) -> tuple[Tensor, Tensor]:
-    """Video and text embeddings (N, D) float32 of a whole split, in index order, on every rank.
+def over_split(
+    function: Callable[[Batch], Tensor], dataset: CelebVTextDataset, bar: tqdm | None = None
+) -> Tensor:
+    """function(batch) of a whole split, in index order, float32 (N, ...), on every rank.
 
-    Every rank makes the same number of forward passes of the same size (sharded models need
-    that): the last ones go round to the first clips again, and those rows are cut off.
+    Every rank makes the same number of calls of the same size (sharded models need that): the
+    last ones go round to the first clips again, and those rows are cut off.
     """
-    n, world, rank = len(dataset), accelerator.num_processes, accelerator.process_index
+    state = PartialState()
+    device = torch.device(state.device or "cpu")
+    n, world, rank = len(dataset), state.num_processes, state.process_index
     size = min(EVAL_BATCH, -(-n // world))
-    videos, texts = [], []
-    for start in range(rank * size, -(-n // (size * world)) * size * world, size * world):
-        pointers = [dataset.eval_pointer(i % n) for i in range(start, start + size)]
-        batch = dataset.collate(pointers).to(accelerator.device)
+    parts = []
+    for start in range(0, n, size * world):
+        mine = range(start + rank * size, start + (rank + 1) * size)
+        batch = dataset.collate([dataset.eval_pointer(i % n) for i in mine])
+        parts.append(all_gather(function(batch.to(device)).float()))
+        if bar is not None:
+            bar.update(min(size * world, n - start))
+    return torch.cat(parts)[:n]
+
+
+@torch.no_grad()
+def judge(model: nn.Module, dataset: CelebVTextDataset) -> Retrieval:
+    """Retrieval over the whole split, each clip with one line of every category."""
+
+    def embed(batch: Batch) -> Tensor:
         assert batch.frames is not None
         output = model(to_float(batch.frames), batch.tokens, batch.line_index)
-        videos.append(all_gather(output.video.float()))
-        texts.append(all_gather(output.text.float()))
-    return torch.cat(videos)[:n], torch.cat(texts)[:n]
+        return torch.stack([output.video, output.text], dim=1)
+
+    video, text = over_split(embed, dataset).unbind(1)
+    return retrieval(video, text)
 
 
-def judge(model: nn.Module, dataset: CelebVTextDataset, accelerator: Accelerator) -> Retrieval:
-    """Retrieval over the whole split."""
-    return retrieval(*embed_split(model, dataset, accelerator))
-
-
-def clip_stage(
-    model_config: VideoCLIPConfig,
-    train: TrainConfig,
-    train_set: CelebVTextDataset,
-    val_set: CelebVTextDataset,
-) -> Stage:
-    """The stage "clip"; validation is retrieval over all of `val_set`.
+def clip_stage(section: ClipSection, store: ClipStore, seed: int) -> Stage:
+    """The stage "clip"; validation is retrieval over all of the split `val`.
 
     Raises ConfigError where the clips of the data have another size, or with accumulation.
     """
-    refuse_accumulation(train, int(os.environ.get("WORLD_SIZE", "1")))
-    data, video = train_set.store.settings, model_config.video
+    refuse_accumulation(section.train, PartialState().num_processes)
+    data, video = store.settings, section.model.video
     if (data.size, data.num_frames) != (video.image_size, video.num_frames):
         raise ConfigError(
             f"clip.model.video takes {video.num_frames} frames of {video.image_size} px, the clips "
-            f"in {train_set.store.root} have {data.num_frames} frames of {data.size} px"
+            f"in {store.root} have {data.num_frames} frames of {data.size} px"
         )
-    model = VideoCLIP(model_config)
+    torch.manual_seed(keyed.key(seed, 0, "clip/init"))
+    model = VideoCLIP(section.model.model_config())
+    val_set = CelebVTextDataset(store, "val", seed, CaptionPolicy(drop=False))
     return Stage(
         name="clip",
         model=model,
         objective=objective,
-        train_set=train_set,
+        train_set=CelebVTextDataset(store, "train", seed, section.captions),
         val_set=val_set,
-        validate=lambda m, accelerator: judge(m, val_set, accelerator).figures(),
+        validate=lambda m, accelerator: judge(m, val_set).figures(),
         config=model.config.to_dict(),
-        meta=data_meta(train_set),
+        meta={"fps": str(data.fps)},
         state_filter=model.keeps,
     )
 
 
-def data_meta(dataset: CelebVTextDataset) -> dict[str, str]:
-    """How the clips were made, for those who sample: frame rate, frames, size."""
-    settings = dataset.store.settings
-    names: Mapping[str, float] = {
-        "fps": settings.fps,
-        "num_frames": settings.num_frames,
-        "size": settings.size,
-    }
-    return {name: str(value) for name, value in names.items()}
+@torch.no_grad()
+def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
+    """Embeddings of every clip of every split from <folder>/model.safetensors, in float32.
+
+    A cache that stands there with the checkpoint's hash and just these clips is left as it is.
+    Every rank calls it; the ranks share the work, the first one writes. Returns the cache's path.
+    """
+    state, folder = PartialState(), Path(folder)
+    device = torch.device(state.device or "cpu")
+    path = folder / "embeddings.safetensors"
+    clip, loaded = load_clip(folder / "model.safetensors")
+    sets = [
+        CelebVTextDataset(store, name, 0, CaptionPolicy(drop=False))
+        for name in store.splits
+        if store.split(name)
+    ]
+    keys = [key for dataset in sets for key in dataset.keys()]
+    if path.is_file():
+        try:
+            EmbeddingCache.load(path, loaded.hash).check_order(keys)
+            return path
+        except EmbeddingError as error:
+            print(f"embeddings are computed again: {error}", flush=True)
+    clip.to(device)
+
+    def embed(batch: Batch) -> Tensor:
+        assert batch.frames is not None
+        return clip.encode_video(to_float(batch.frames))
+
+    # A line every ten seconds where the output is no terminal.
+    pace = 0.1 if sys.stderr.isatty() else 10.0
+    quiet = not state.is_main_process
+    with tqdm(
+        total=len(keys), unit="clip", desc="embeddings", mininterval=pace, disable=quiet
+    ) as bar:
+        embeddings = torch.cat([over_split(embed, dataset, bar) for dataset in sets])
+    if state.is_main_process:
+        write_embeddings(path, keys, embeddings, loaded.hash)
+    state.wait_for_everyone()
+    return path

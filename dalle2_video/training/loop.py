@@ -19,16 +19,17 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from dalle2_video import keyed
 from dalle2_video.data.dataset import train_loader
 from dalle2_video.training.ema import Ema
+from dalle2_video.training.environment import make_accelerator
 from dalle2_video.training.log import Log, NullLog, RunLog, check_wandb, make_tracker
 from dalle2_video.training.optimizer import lr_factor, make_optimizer, set_lr
 from dalle2_video.training.shards import shards_of
-from dalle2_video.training.stage import ConfigError, RunConfig, Stage, StepInfo, TrainConfig
+from dalle2_video.training.stage import RunConfig, Stage, StepInfo, TrainConfig
 from dalle2_video.training.state import Checkpoints, Progress
 from dalle2_video.training.validation import evaluate, no_trace
 
@@ -61,47 +62,6 @@ def train(stage: Stage, cfg: TrainConfig, run: RunConfig) -> TrainResult:
     finally:
         # One process may train several stages, each with a precision of its own.
         AcceleratorState._reset_state(reset_partial_state=False)
-
-
-def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int]:
-    """The accelerator of the launched environment and the micro-batch size of a rank.
-
-    Under DeepSpeed the batch sizes, the clipping and the precision are set here: autocast over
-    float32 weights, as everywhere else.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import DeepSpeedPlugin
-
-    world = PartialState().num_processes
-    micro = cfg.micro_batch_size or cfg.batch_size // world
-    if micro == 0 or cfg.batch_size % (micro * world):
-        raise ConfigError(
-            f"batch_size {cfg.batch_size} must be a multiple of micro_batch_size {micro} "
-            f"x {world} processes"
-        )
-    steps = cfg.batch_size // (micro * world)
-    plugin = GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False)
-    deepspeed = PartialState().distributed_type == DistributedType.DEEPSPEED or _wants_deepspeed()
-    accelerator = Accelerator(
-        mixed_precision="no" if deepspeed else run.mixed_precision,
-        gradient_accumulation_plugin=plugin,
-    )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config = cast(DeepSpeedPlugin, accelerator.state.deepspeed_plugin).deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = micro
-        config["gradient_accumulation_steps"] = steps
-        config["train_batch_size"] = cfg.batch_size
-        config["gradient_clipping"] = cfg.grad_clip or 0.0
-        if run.mixed_precision != "no":
-            dtype = {"bf16": "bfloat16", "fp16": "float16"}[run.mixed_precision]
-            config["torch_autocast"] = {"enabled": True, "dtype": dtype}
-    return accelerator, micro
-
-
-def _wants_deepspeed() -> bool:
-    import os
-
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 class _Trainer:

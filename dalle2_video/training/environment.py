@@ -1,0 +1,90 @@
+"""The accelerator of the launched environment: ranks, precision, gradient accumulation.
+
+Two things Accelerate (1.15) does not do by itself are done here. On a machine without CUDA it
+would run the ranks of a DeepSpeed, FSDP2 or DDP launch as so many single processes; they get gloo
+instead. And its DeepSpeed plugin imports transformers, for a hook that only its models use.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+from dalle2_video.training.stage import ConfigError, RunConfig, TrainConfig
+
+
+@dataclass
+class OwnDeepSpeedPlugin(DeepSpeedPlugin):
+    """Accelerate's plugin without the hook for models of transformers, which are not used here."""
+
+    def set_deepspeed_weakref(self) -> None:
+        """Nothing: the hook would tell `from_pretrained` of transformers to build split weights."""
+
+
+def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int]:
+    """The accelerator and the micro-batch size of a rank.
+
+    Under DeepSpeed the batch sizes, the clipping and the precision are set here: autocast over
+    float32 weights, as everywhere else. Raises ConfigError where batch_size cannot be shared out,
+    RuntimeError where the launched ranks do not find one another.
+    """
+    world = process_state().num_processes
+    micro, steps = share_out(cfg, world)
+    deepspeed = _launched_with("DEEPSPEED")
+    accelerator = Accelerator(
+        mixed_precision="no" if deepspeed else run.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=steps, sync_with_dataloader=False
+        ),
+        deepspeed_plugin=OwnDeepSpeedPlugin() if deepspeed else None,
+    )
+    if deepspeed:
+        config = cast(DeepSpeedPlugin, accelerator.state.deepspeed_plugin).deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = micro
+        config["gradient_accumulation_steps"] = steps
+        config["train_batch_size"] = cfg.batch_size
+        config["gradient_clipping"] = cfg.grad_clip or 0.0
+        if run.mixed_precision != "no":
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}[run.mixed_precision]
+            config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return accelerator, micro
+
+
+def share_out(cfg: TrainConfig, world: int) -> tuple[int, int]:
+    """(micro-batch of a rank, gradient accumulation steps) of `world` ranks."""
+    micro = cfg.micro_batch_size or cfg.batch_size // world
+    if micro == 0 or cfg.batch_size % (micro * world):
+        raise ConfigError(
+            f"batch_size {cfg.batch_size} must be a multiple of micro_batch_size {micro} "
+            f"x {world} processes"
+        )
+    return micro, cfg.batch_size // (micro * world)
+
+
+def process_state() -> PartialState:
+    """The process group of the launch, over gloo where there is no CUDA device."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if PartialState._shared_state or torch.cuda.is_available() or launched == 1:
+        state = PartialState()
+    elif _launched_with("DEEPSPEED"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        state = PartialState(backend="gloo")
+    else:
+        state = PartialState(cpu=True)
+        if _launched_with("FSDP"):  # only known on accelerators; the device stays the CPU
+            state.distributed_type = DistributedType.MULTI_GPU
+    if state.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but this one sees {state.num_processes}: each "
+            "would train alone and write the same files; check the accelerate config"
+        )
+    return state
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"

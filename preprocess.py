@@ -1,0 +1,33 @@
+"""Turn archives of captioned clips into the store that every stage trains on.
+
+    python preprocess.py                                    the embedded faces, rendered at first
+    python preprocess.py size=celebvtext data.root=/data/CelebV-Text
+    python preprocess.py size=celebvtext data.root=/data/CelebV-Text data.out=/fast data.workers=16
+
+data.root holds zips or tars of CelebV-Text, or its extracted folders; it is only read. The same
+command continues after a stop and adds archives that came since. What was left out, and why, is in
+<data.out>/manifest.json.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    # Worker processes import this file: what they do not need is imported here, not above.
+    from dalle2_video.data.archives import ArchiveError
+    from dalle2_video.data.config import DataConfig
+    from dalle2_video.data.preprocess import preprocess
+    from dalle2_video.data.store import StoreError
+    from dalle2_video.training.stage import from_config
+
+    config = from_config(DataConfig, cfg.data, "data")
+    try:
+        print(preprocess(config))
+    except (ArchiveError, StoreError) as error:
+        raise SystemExit(f"preprocess: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

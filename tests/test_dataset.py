@@ -1,0 +1,240 @@
+"""The order of clips, batches, and the loaders: keyed, so independent of ranks, workers, stops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from media import clip_id, clip_value, write_store
+
+from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.dataset import (
+    Batch,
+    CelebVTextDataset,
+    ClipOrder,
+    Pointer,
+    eval_loader,
+    train_loader,
+)
+from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
+from dalle2_video.data.store import ClipStore, Settings, StoreError, split_of, youtube_id
+
+SPLITS = {"train": 0.7, "val": 0.3}
+CLIPS = [clip_id(person, n) for person in range(25) for n in range(2)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ClipStore:
+    root = tmp_path_factory.mktemp("store")
+    write_store(root, {"a": CLIPS[:30], "b": CLIPS[30:]}, Settings(8.0, 2, 8))
+    return ClipStore.open(root, SPLITS)
+
+
+def dataset(store: ClipStore, split: str = "train", drop: bool = True, **more) -> CelebVTextDataset:
+    return CelebVTextDataset(store, split, 11, CaptionPolicy(drop=drop), **more)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    assert a.frames is not None and b.frames is not None
+    return (
+        torch.equal(a.counters, b.counters)
+        and a.keys == b.keys
+        and a.captions == b.captions
+        and torch.equal(a.frames, b.frames)
+        and torch.equal(a.tokens, b.tokens)
+        and torch.equal(a.line_index, b.line_index)
+    )
+
+
+# ---------------------------------------------------------------- order
+
+
+def test_every_epoch_is_another_permutation() -> None:
+    order = ClipOrder(20, seed=3)
+    epochs = [[order(counter) for counter in range(e * 20, e * 20 + 20)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert ClipOrder(20, seed=4)(0) != epochs[0][0] or ClipOrder(20, seed=4)(1) != epochs[0][1]
+
+
+def test_the_order_is_random_access() -> None:
+    order = ClipOrder(7, seed=0)
+    forward = [order(counter) for counter in range(50)]
+    assert [ClipOrder(7, seed=0)(c) for c in reversed(range(50))] == forward[::-1]
+    with pytest.raises(ValueError, match="at least one"):
+        ClipOrder(0, 0)
+
+
+def test_places_are_equally_likely() -> None:
+    first = Counter(ClipOrder(5, seed)(0) for seed in range(1000))
+    assert all(count == pytest.approx(200, abs=50) for count in first.values())
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_a_batch_holds_what_its_keys_say(store: ClipStore) -> None:
+    data = dataset(store)
+    batch = data.collate([data.pointer(counter) for counter in range(6)])
+    assert batch.counters.tolist() == list(range(6)) and len(batch) == 6
+    assert batch.frames is not None and batch.frames.dtype == torch.uint8
+    assert batch.frames.shape == (6, 2, 8, 8, 3)
+    for i, key in enumerate(batch.keys):
+        name, window = key.rsplit(":", 1)
+        assert window == "0" and (batch.frames[i] == clip_value(name)).all()
+        assert set(batch.captions[i]) <= {f"{name} smiles.", "left light", "left light, " + name
+                                          + " smiles.", f"{name} smiles, left light"}  # fmt: skip
+    used = sorted({row for rows in batch.line_index.tolist() for row in rows if row >= 0})
+    assert used == list(range(len(batch.tokens)))
+    assert len({tuple(row) for row in batch.tokens.tolist()}) == len(batch.tokens)
+    assert (batch.tokens[:, -1] != 0).any(), "trimmed to the longest line"
+    assert batch.embeddings is None
+
+
+def test_a_batch_moves_whole_and_keeps_its_counters_on_the_cpu(store: ClipStore) -> None:
+    data = dataset(store)
+    moved = data.collate([data.pointer(0), data.pointer(1)]).to("meta")
+    assert moved.frames is not None and moved.frames.device.type == "meta"
+    assert moved.tokens.device.type == moved.line_index.device.type == "meta"
+    assert moved.counters.device.type == "cpu"
+
+
+def test_captions_change_from_meeting_to_meeting_but_not_between_runs(store: ClipStore) -> None:
+    data = dataset(store)
+    n = len(data)
+    meetings = [
+        next(b for c in range(e * n, e * n + n) if (b := data.pointer(c)).index == 0)
+        for e in range(12)
+    ]
+    texts = [data.collate([pointer]).captions[0] for pointer in meetings]
+    assert len({tuple(text) for text in texts}) > 2
+    assert texts == [dataset(store).collate([pointer]).captions[0] for pointer in meetings]
+
+
+def test_splits_share_no_person(store: ClipStore) -> None:
+    """Mistake 10 of PAPERS.md section 10: the same person on both sides."""
+    people = {split: {youtube_id(key) for key in dataset(store, split).keys()} for split in SPLITS}
+    assert people["train"] and people["val"] and not people["train"] & people["val"]
+    for split, ids in people.items():
+        assert all(split_of(name, 0, SPLITS) == split for name in ids)
+
+
+def test_an_empty_split_and_a_foreign_pointer(store: ClipStore, tmp_path: Path) -> None:
+    write_store(tmp_path, {"a": [clip_id(1)]}, Settings(8.0, 2, 8))
+    lone = ClipStore.open(tmp_path, {"train": 0.0, "val": 1.0})
+    with pytest.raises(StoreError, match=r"split 'train' of .* has none of its 1 clips"):
+        dataset(lone)
+    data = dataset(store)
+    with pytest.raises(StoreError, match="names clip"):
+        data.collate([Pointer(0, 1, data.key(2))])
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def embedding(key: str) -> torch.Tensor:
+    """A unit vector that belongs to this key alone."""
+    angle = torch.tensor(float(clip_value(key)) / 40)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def test_embeddings_are_paired_by_key_whatever_the_order(store: ClipStore, tmp_path: Path) -> None:
+    """Mistake 1 of PAPERS.md section 10: a shuffled loader wrote them, an index paired them."""
+    data = dataset(store)
+    shuffled = [data.pointer(counter).key for counter in range(len(data))]
+    assert shuffled != data.keys()
+    table = torch.stack([embedding(key) for key in shuffled])
+    write_embeddings(tmp_path / "e.safetensors", shuffled, table, "hash")
+    cache = EmbeddingCache.load(tmp_path / "e.safetensors", "hash")
+    paired = dataset(store, embeddings=cache)
+    for batch in islice(train_loader(paired, 5), 12):
+        assert batch.embeddings is not None
+        expected = torch.stack([embedding(key) for key in batch.keys])
+        assert torch.equal(batch.embeddings, expected)
+
+
+def test_a_clip_without_embedding_is_an_error(store: ClipStore, tmp_path: Path) -> None:
+    keys = dataset(store).keys()[:-1]
+    table = torch.stack([embedding(key) for key in keys])
+    write_embeddings(tmp_path / "e.safetensors", keys, table, "hash")
+    data = dataset(store, embeddings=EmbeddingCache.load(tmp_path / "e.safetensors", "hash"))
+    with pytest.raises(EmbeddingError, match=dataset(store).keys()[-1]):
+        list(eval_loader(data, 8))
+
+
+def test_frames_can_be_left_on_disk(store: ClipStore) -> None:
+    data = dataset(store, load_frames=False)
+    assert next(train_loader(data, 3)).frames is None
+
+
+# ---------------------------------------------------------------- loaders
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_through_every_clip_once_an_epoch(store: ClipStore, workers: int) -> None:
+    data = dataset(store)
+    n = len(data)
+    batches = islice(train_loader(data, n, workers=workers), 3)
+    keys = [batch.keys for batch in batches]
+    assert all(sorted(epoch) == sorted(data.keys()) for epoch in keys)
+    assert keys[0] != keys[1]
+
+
+def test_workers_change_nothing(store: ClipStore) -> None:
+    data = dataset(store)
+    for a, b in zip(
+        islice(train_loader(data, 4), 6), islice(train_loader(data, 4, workers=2), 6), strict=True
+    ):
+        assert same(a, b)
+
+
+def test_a_resumed_loader_continues_exactly(store: ClipStore) -> None:
+    data = dataset(store)
+    whole = list(islice(train_loader(data, 4), 20))
+    rest = list(islice(train_loader(data, 4, start_counter=28), 13))
+    assert all(same(a, b) for a, b in zip(whole[7:], rest, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_share_the_global_batch(store: ClipStore, world: int) -> None:
+    """The clips and captions of a global step are the same for any number of ranks."""
+    data = dataset(store)
+    alone = islice(train_loader(data, 12, start_counter=5), 4)
+    ranks = [train_loader(data, 12 // world, rank, world, 5) for rank in range(world)]
+    for batch in alone:
+        parts = [next(rank) for rank in ranks]
+        assert torch.equal(batch.counters, torch.cat([part.counters for part in parts]))
+        assert batch.keys == [key for part in parts for key in part.keys]
+        assert batch.captions == [text for part in parts for text in part.captions]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_visits_every_clip_once_in_index_order(store: ClipStore, workers: int) -> None:
+    data = dataset(store, "val", drop=False)
+    batches = list(eval_loader(data, 4, workers=workers))
+    assert [key for batch in batches for key in batch.keys] == data.keys()
+    assert [c for batch in batches for c in batch.counters.tolist()] == list(range(len(data)))
+    assert len(batches[-1]) == (len(data) - 1) % 4 + 1
+    assert all(len(text) == 2 for batch in batches for text in batch.captions)
+    parts = [list(eval_loader(data, 4, rank, 3)) for rank in range(3)]
+    shared = sorted(key for part in parts for batch in part for key in batch.keys)
+    assert shared == sorted(data.keys())
+
+
+def test_evaluation_captions_do_not_depend_on_the_batch(store: ClipStore) -> None:
+    data = dataset(store, "val", drop=False)
+    for size in (1, 3, 50):
+        texts = [text for batch in eval_loader(data, size) for text in batch.captions]
+        assert texts == [text for batch in eval_loader(data, 4) for text in batch.captions]
+
+
+def test_a_slice_that_does_not_exist_is_refused(store: ClipStore) -> None:
+    data = dataset(store)
+    for bad in ({"rank": 2, "world": 2}, {"start_counter": -1}):
+        with pytest.raises(ValueError, match="no such slice"):
+            train_loader(data, 4, **bad)
+    with pytest.raises(ValueError, match="no such slice"):
+        eval_loader(data, 0)

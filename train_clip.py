@@ -1,0 +1,28 @@
+"""Train the video CLIP, then embed every clip with it once. Needs `preprocess.py`.
+
+    python train_clip.py train_name=run1
+    accelerate launch --config_file configs/accelerate/ddp.yaml train_clip.py train_name=run1
+
+The same command resumes; `--cfg job` shows every value that the command line can set.
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from dalle2_video.training.clip import ClipSection, cache_embeddings, clip_stage
+from dalle2_video.training.loop import train
+from dalle2_video.training.setup import run_config, store_of
+from dalle2_video.training.stage import from_config
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> None:
+    section = from_config(ClipSection, cfg.clip, "clip")
+    run = run_config(cfg, "clip")
+    store = store_of(cfg)
+    train(clip_stage(section, store, cfg.seed), section.train, run)
+    cache_embeddings(run.dir, store)
+
+
+if __name__ == "__main__":
+    main()
