@@ -1,8 +1,9 @@
-"""Archives in, store out: what is kept, what is listed and why, stops, settings, inputs untouched."""
+"""Archives in, store out: what is kept, what is listed and why, stops, settings, the script."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -11,13 +12,14 @@ import sys
 import tarfile
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from media import captions, clip_id, grey_steps, index_first, write_video, write_zip
+from omegaconf import OmegaConf
 
 from dalle2_video.data.archives import ArchiveError
 from dalle2_video.data.captions import CATEGORIES, encode
@@ -360,6 +362,18 @@ def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(tmp_pat
         time.sleep(0.1)
 
 
+def _die(*_: object) -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_dies_ends_the_run_with_the_clip_named(tmp_path: Path, monkeypatch) -> None:
+    write_zip(tmp_path / "a.zip", clips(1, 2))
+    monkeypatch.setattr("dalle2_video.data.preprocess._decode", _die)
+    with pytest.raises(ArchiveError, match=f"a worker died.*{clip_id(1)} of .*a.zip"):
+        preprocess(config(tmp_path, workers=1))
+    assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.rglob("*.partial"))
+
+
 def alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -439,10 +453,18 @@ def test_the_script(tmp_path: Path) -> None:
         "data.fps=5",
         "data.num_frames=6",
         "data.size=16",
+        "data.workers=0",
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert "2 clips in 1 shards" in done.stdout and "clip/s" in done.stderr
-    bad = subprocess.run([*command, "data.size=8"], capture_output=True, text=True, cwd=REPOSITORY)
-    assert bad.returncode == 1 and "data.overwrite=true" in bad.stderr
-    assert "Traceback" not in bad.stderr
+
+
+def test_the_script_ends_with_one_line_that_says_what_is_wrong(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("script", REPOSITORY / "preprocess.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    section = asdict(config(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"^preprocess: data\.root=.*nowhere does not exist$"):
+        script.main.__wrapped__(OmegaConf.create({"data": section}))

@@ -62,7 +62,9 @@ def test_two_clips_with_the_same_caption_share_the_first_place():
     text = torch.eye(4)
     text[1] = text[0]  # clip 1 has the caption of clip 0
     found = retrieval(video, text)
-    assert found.video_to_text.at[1] == pytest.approx((1 / 2 + 1 / 4 + 1 + 1) / 4)  # clip 1: all tie
+    assert found.video_to_text.at[1] == pytest.approx(
+        (1 / 2 + 1 / 4 + 1 + 1) / 4
+    )  # clip 1: all tie
     assert found.video_to_text.at[5] == 1
 
 

@@ -32,7 +32,7 @@ from dalle2_video.data.texts import write_texts
 from dalle2_video.data.video import to_float
 from dalle2_video.generate import load_clip
 from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConfig
-from dalle2_video.models.video_clip import ClipOutput, VideoCLIP
+from dalle2_video.models.video_clip import ClipOutput, VideoCLIP, VideoCLIPConfig
 from dalle2_video.training.clip import (
     ClipSection,
     cache_embeddings,
@@ -106,7 +106,7 @@ def overrides(data: Path, run: Path, *more: str) -> list[str]:
         f"{model}.video.width=32", f"{model}.video.heads=2", f"{model}.video.spatial_layers=1",
         f"{model}.video.temporal_layers=1", f"{model}.text.width=32", f"{model}.text.layers=1",
         f"{model}.text.heads=2", "clip.train.batch_size=16", "clip.train.clips=32",
-        "clip.train.log_every_clips=16", *more,
+        "clip.train.log_every_clips=1000", *more,
     ]  # fmt: skip
 
 
@@ -306,7 +306,7 @@ def test_it_learns_to_tell_clips_apart(data, store, tmp_path):
         assert result.metrics[f"recall_at_1_{name}"] > 4 * chance
     clip, loaded = load_clip(tmp_path / "clip" / "model.safetensors")
     assert loaded.meta["fps"] == "4.0"
-    assert loaded.config == stage.config
+    assert VideoCLIPConfig.from_dict(loaded.config) == plan.model.model_config()
     assert clip.log_logit_scale.item() != pytest.approx(np.log(1 / 0.07))  # it was trained
 
 

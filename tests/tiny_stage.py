@@ -56,7 +56,7 @@ class TinyNet(nn.Module):
         super().__init__()
         self.up = nn.Linear(DIM, hidden)
         self.down = nn.Linear(hidden, DIM)
-        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.scale = nn.Parameter(torch.ones(1))
         self.register_buffer("shift", torch.linspace(0, 1, DIM))
         self.tower = nn.Linear(DIM, DIM) if frozen else nn.Identity()
         self.tower.requires_grad_(False)

@@ -8,7 +8,7 @@ colour of a bald head's hair is never named.
 
 import random
 
-from .face_attributes import FaceAttributes
+from dalle2_video.data.face_attributes import FaceAttributes
 
 # Folder names as in the released CelebV-Text archives.
 CATEGORY_FOLDERS = (

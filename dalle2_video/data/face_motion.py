@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .face_attributes import FaceAttributes
+from dalle2_video.data.face_attributes import FaceAttributes
 
 FloatArray = NDArray[np.float32]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .face_attributes import FaceAttributes
-from .face_motion import FloatArray, Motion, smoothstep
+from dalle2_video.data.face_attributes import FaceAttributes
+from dalle2_video.data.face_motion import FloatArray, Motion, smoothstep
 
 if TYPE_CHECKING:
     from .face_render import Identity
@@ -118,13 +118,13 @@ def _mouth(paint, planes, u, v, front) -> None:
     """Lips around an opening: a smile bends up and shows teeth, a frown bends down."""
     pose = paint.pose
     frown, joy = np.maximum(-pose.smile, 0), np.maximum(pose.smile, 0)
-    width = (0.34 + 0.22 * joy + 0.10 * frown - 0.06 * pose.open) * paint.person.mouth_width
+    width = (0.34 + 0.22 * joy + 0.10 * frown - 0.04 * pose.open) * paint.person.mouth_width
     s = np.clip(u / width, -1, 1)
     dome = 1 - s**2
     corner = MOUTH_V - 0.19 * joy + 0.24 * frown  # height of the corners
-    upper = corner + dome * (0.09 * joy - 0.33 * frown - 0.06 * pose.open)
+    upper = corner + dome * (0.09 * joy - 0.33 * frown - 0.09 * pose.open)
     lower = corner + dome * (
-        0.42 * joy - 0.20 * frown + (0.36 - 0.14 * joy - 0.10 * frown) * pose.open
+        0.42 * joy - 0.20 * frown + (0.44 - 0.20 * joy - 0.14 * frown) * pose.open
     )
     ends = np.abs(u) - width
     inside = np.maximum(np.maximum(upper - v, v - lower), ends)

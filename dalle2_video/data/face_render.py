@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .face_attributes import FaceAttributes
-from .face_motion import FloatArray, Motion, motion, smoothstep
-from .face_paint import FacePaint, cover, paint_face, skin_colour
+from dalle2_video.data.face_attributes import FaceAttributes
+from dalle2_video.data.face_motion import FloatArray, Motion, motion, smoothstep
+from dalle2_video.data.face_paint import FacePaint, cover, paint_face, skin_colour
 
 CENTRE_Y = -0.12  # of the head
 AXES = (0.55, 0.68, 0.60)  # half width, height and depth of a mean head

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .face_attributes import (
+from dalle2_video.data.face_attributes import (
     APPEARANCE,
     ATTRIBUTES,
     Combination,
@@ -36,11 +36,11 @@ from .face_attributes import (
     draw_combination,
     held_out_combinations,
 )
-from .face_captions import write_captions
-from .face_render import render
-from .pool import WorkerPool, ahead
-from .store import split_of
-from .video import encode_mp4
+from dalle2_video.data.face_captions import write_captions
+from dalle2_video.data.face_render import render
+from dalle2_video.data.pool import WorkerPool, ahead
+from dalle2_video.data.store import split_of
+from dalle2_video.data.video import encode_mp4
 
 FRACTIONS = {"train": 0.85, "val": 0.075, "combo": 0.075}
 # Slower presets of x264 look ahead, and do not give the same bytes each time for small frames.

@@ -25,9 +25,7 @@ from dalle2_video.data.face_attributes import ATTRIBUTES
 from dalle2_video.data.faces import FaceClip, FaceFormat, draw_clip, plan
 from dalle2_video.data.pool import WorkerPool, ahead
 from dalle2_video.data.video import decode_clip
-from dalle2_video.keyed import generator
-
-from .attributes import (
+from dalle2_video.evaluation.attributes import (
     KIND,
     PROBE_PATH,
     AttributeProbe,
@@ -38,7 +36,8 @@ from .attributes import (
     score,
     targets_of,
 )
-from .light import fit_light_rules
+from dalle2_video.evaluation.light import fit_light_rules
+from dalle2_video.keyed import generator
 
 
 def decoded(clip: FaceClip) -> np.ndarray:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle2_video.models.layers import zero_init
+from dalle2_video.models.sdpa import attention
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -24,9 +24,9 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int, mask: Tensor | None = None) -> Tensor:
     """Multi-head attention of (N, T, C) queries; mask broadcasts to (N, heads, T, S): bool or bias."""
     q, k, v = (split_heads(a, head_dim) for a in (q, k, v))
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+    return attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class RelativePositionBias(nn.Module):

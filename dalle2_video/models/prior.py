@@ -122,7 +122,7 @@ def attention_mask(text_mask: Tensor, draws: int) -> Tensor:
     Text sees text; the text embedding sees text and itself; each triple sees the prefix and, causally,
     itself. Padded text is seen by nobody but itself.
     """
-    batch, tokens = text_mask.shape
+    tokens = text_mask.shape[1]
     prefix = tokens + 1
     total = prefix + 3 * draws
     place = torch.arange(total, device=text_mask.device)

@@ -76,8 +76,10 @@ def process_state() -> PartialState:
         state = PartialState(backend="gloo")
     else:
         state = PartialState(cpu=True)
-        if _launched_with("FSDP"):  # only known on accelerators; the device stays the CPU
-            state.distributed_type = DistributedType.MULTI_GPU
+    if _launched_with("FSDP") and state.num_processes > 1:
+        # Accelerate looks for FSDP only in this state, which an earlier run of the process, or
+        # a start on the CPU, left otherwise. The device stays what it is.
+        state.distributed_type = DistributedType.MULTI_GPU
     if state.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but this one sees {state.num_processes}: each "

@@ -11,10 +11,13 @@ from dalle2_video.training.stage import TrainConfig
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Every parameter with requires_grad, once: matrices with decay, vectors and scalars without.
+    """Every parameter with requires_grad, once: matrices with decay, vectors without.
 
-    Raises ValueError when the model has nothing to train.
+    Raises ValueError when the model has nothing to train, or a parameter without a dimension:
+    DeepSpeed (0.19) and FSDP2 cannot split those, so a single number has the shape (1,).
     """
+    if bare := [name for name, p in model.named_parameters() if p.ndim == 0]:
+        raise ValueError(f"{', '.join(bare)}: give a single number the shape (1,), not ()")
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad")

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
@@ -135,7 +136,7 @@ class Checkpoints:
         self._check_identity(folder)
         options = {"load_module_strict": False} if self._partial_deepspeed else {}
         try:
-            with _weights_only():
+            with _weights_only(self._deepspeed):
                 self.accelerator.load_state(str(folder), **options)
             self._load_ema(folder)
         except CheckpointError:
@@ -173,9 +174,12 @@ class Checkpoints:
     # ---- hooks of Accelerate, which leaves the weights of one process and DDP to `weights`
 
     @property
+    def _deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
     def _partial_deepspeed(self) -> bool:
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        return deepspeed and self.stage.state_filter is not None
+        return self._deepspeed and self.stage.state_filter is not None
 
     def _filter_weights(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
         for state in weights:
@@ -205,18 +209,30 @@ def whole_checkpoints(root: Path) -> list[Path]:
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
-    """Every torch.load inside refuses pickled code, DeepSpeed's own calls included."""
+def _weights_only(deepspeed: bool) -> Iterator[None]:
+    """Every torch.load inside refuses pickled code, DeepSpeed's own calls included.
+
+    DeepSpeed's optimizer files hold four plain types of its own; these alone are let through.
+    """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        yield
+        with torch.serialization.safe_globals(_deepspeed_types() if deepspeed else []):
+            yield
     finally:
         if before is None:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _deepspeed_types() -> list[type]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _write_json(path: Path, value: Any) -> None:

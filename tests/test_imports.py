@@ -1,0 +1,54 @@
+"""The layers of the package: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dalle2_video"
+ALL = {"data", "models", "diffusion", "checkpoint", "generate", "evaluation", "training", "keyed"}
+MAY = {
+    "keyed": set(),
+    "data": {"keyed"},
+    "models": {"keyed"},
+    "diffusion": {"keyed"},
+    "checkpoint": set(),
+    "generate": {"keyed", "data", "models", "diffusion", "checkpoint"},
+    "evaluation": {"keyed", "data", "models", "diffusion", "checkpoint", "generate"},
+    "training": ALL,
+}
+
+
+def imported(source: str) -> set[str]:
+    """Parts of the package that a module's source imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "relative imports hide the layer"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {n.split(".")[1] for n in names if n.startswith("dalle2_video.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.name))
+def test_layers(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    breach = imported(path.read_text()) - MAY[part] - {part}
+    assert not breach, f"{path}: {part} must not import {', '.join(sorted(breach))}"
+
+
+def test_a_breach_is_found() -> None:
+    assert imported("def f():\n    from dalle2_video.models import unet3d") == {"models"}
+    assert "models" not in MAY["data"]
+
+
+def test_entry_scripts_only_wire() -> None:
+    scripts = ["preprocess", "train_clip", "train_prior", "train_decoder", "sample", "evaluate"]
+    for name in scripts:
+        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 80

@@ -1,0 +1,186 @@
+"""Unet3D: shapes, conditions, what can see what."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle2_video.models.attention import (
+    CrossAttention,
+    RelativePositionBias,
+    SpatialAttention,
+    TemporalAttention,
+)
+from dalle2_video.models.layers import SpatialConv, channels_to_space, space_to_channels
+from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+
+SMALL = UnetConfig(
+    image_size=16, num_frames=4, patch=2, dim=32, mults=(1, 2), head_dim=16, cond_dim=32
+)
+
+
+def awake(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module with its zero-initialised layers filled, so that every path carries something."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return module.eval()
+
+
+def inputs(batch: int = 2, frames: int = 4):
+    torch.manual_seed(1)
+    mask = torch.ones(batch, 5, dtype=torch.bool)
+    mask[0, 3:] = False
+    condition = Condition.of(
+        F.normalize(torch.randn(batch, 24), dim=-1), torch.randn(batch, 5, 12), mask
+    )
+    return torch.randn(batch, 3, frames, 16, 16), torch.linspace(-3, 3, batch), condition
+
+
+def test_starts_at_zero_and_every_parameter_gets_gradient() -> None:
+    net = Unet3D(SMALL, 24, 12)
+    z, log_snr, condition = inputs()
+    assert (net(z, log_snr, condition) == 0).all()
+    net = awake(net)
+    dropped = condition._replace(
+        keep_embedding=torch.tensor([True, False]), keep_text=torch.tensor([False, True])
+    )
+    net(z, log_snr, dropped).square().sum().backward()
+    without = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+
+
+def test_runs_at_other_frame_counts() -> None:
+    net = awake(Unet3D(SMALL, 24, 12))
+    for frames in (1, 2, 8):
+        z, log_snr, condition = inputs(frames=frames)
+        assert net(z, log_snr, condition).shape == z.shape
+
+
+def test_batch_is_independent_and_permutes() -> None:
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = inputs(3)
+    order = torch.tensor([2, 0, 1])
+    out = net(z, log_snr, condition)
+    permuted = net(z[order], log_snr[order], Condition(*(c[order] for c in condition)))
+    torch.testing.assert_close(permuted, out[order], atol=1e-5, rtol=1e-4)
+
+
+def test_frames_see_each_other_only_through_temporal_attention() -> None:
+    """PAPERS.md 10, no. 5: "factorised space-time attention" with no temporal attention in it."""
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = inputs()
+    changed = z.clone()
+    changed[:, :, 3] += 1.0
+    difference = (net(changed, log_snr, condition) - net(z, log_snr, condition)).abs()
+    assert difference[:, :, 0].max() > 1e-5
+    for module in net.modules():
+        if isinstance(module, TemporalAttention):
+            nn.init.zeros_(module.to_out.weight)
+    difference = (net(changed, log_snr, condition) - net(z, log_snr, condition)).abs()
+    assert difference[:, :, :3].max() == 0 and difference[:, :, 3].max() > 1e-3
+
+
+def test_temporal_attention_follows_each_spatial_attention() -> None:
+    net = Unet3D(SMALL, 24, 12)
+    kinds = [type(m) for m in net.modules() if isinstance(m, SpatialAttention | TemporalAttention)]
+    assert kinds == [SpatialAttention, TemporalAttention] * (len(kinds) // 2) and len(kinds) >= 10
+
+
+def test_text_is_a_set_and_padding_is_unseen() -> None:
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = inputs()
+    out = net(z, log_snr, condition)
+    garbage = condition.text.clone()
+    garbage[0, 3:] = 50.0
+    torch.testing.assert_close(net(z, log_snr, condition._replace(text=garbage)), out)
+    order = torch.tensor([4, 2, 0, 1, 3])
+    shuffled = condition._replace(
+        text=condition.text[:, order], text_mask=condition.text_mask[:, order]
+    )
+    torch.testing.assert_close(net(z, log_snr, shuffled), out, atol=1e-5, rtol=1e-4)
+
+
+def test_dropped_conditions_say_nothing_and_kept_ones_do() -> None:
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = inputs()
+    other = condition._replace(embedding=condition.embedding.flip(0), text=condition.text.flip(0))
+    assert (net(z, log_snr, condition) - net(z, log_snr, other)).abs().max() > 1e-3
+    torch.testing.assert_close(
+        net(z, log_snr, condition.dropped()), net(z, log_snr, other.dropped())
+    )
+    only_text = condition._replace(embedding=condition.embedding.flip(0))
+    assert (net(z, log_snr, only_text) - net(z, log_snr, condition)).abs().max() > 1e-4
+
+
+def test_temporal_attention_equals_an_einsum_reference() -> None:
+    torch.manual_seed(0)
+    layer = awake(TemporalAttention(32, 16))
+    x = torch.randn(2, 5, 3, 3, 32)
+    h = layer.norm(x)
+    q, k, v = (a.unflatten(-1, (2, 16)) for a in layer.to_qkv(h).chunk(3, dim=-1))
+    scores = torch.einsum("bihwnd,bjhwnd->bhwnij", q, k) / 4
+    bias = layer.position_bias(5, x.device)
+    weights = (scores + bias[None, None, None]).softmax(-1)
+    out = torch.einsum("bhwnij,bjhwnd->bihwnd", weights, v).flatten(-2)
+    torch.testing.assert_close(layer(x), x + layer.to_out(out), atol=1e-5, rtol=1e-4)
+
+
+def test_relative_position_buckets() -> None:
+    bias = RelativePositionBias(heads=2, buckets=32, max_distance=128)
+    bucket = bias.bucket(torch.arange(-200, 201))
+    past, future = bucket[:200].flip(0), bucket[201:]
+    assert bucket[200] == 0 and bucket.min() == 0 and bucket.max() == 31
+    assert past[:7].tolist() == list(range(1, 8))  # near distances are exact
+    assert (future - past == 16).all() and (past.diff() >= 0).all()
+    table = bias(6, torch.device("cpu"))
+    assert (table[:, 0, 2] == table[:, 3, 5]).all() and (table[:, 0, 2] != table[:, 2, 0]).all()
+
+
+def test_cross_attention_equals_a_loop() -> None:
+    layer = awake(CrossAttention(32, 12, 16))
+    x, context = torch.randn(2, 3, 2, 2, 32), torch.randn(2, 6, 12)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    out = layer(x, context, mask)
+    for b, count in ((0, 6), (1, 4)):
+        alone = layer(x[b : b + 1], context[b : b + 1, :count], mask[b : b + 1, :count])
+        torch.testing.assert_close(out[b : b + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_convolution_and_stem_are_what_they_say() -> None:
+    conv = SpatialConv(4, 6)
+    x = torch.randn(2, 3, 8, 8, 4)
+    kernel = conv.weight[:, :, None]  # (6, 4, 1, 3, 3)
+    reference = F.conv3d(x.permute(0, 4, 1, 2, 3), kernel, conv.bias, padding=(0, 1, 1))
+    torch.testing.assert_close(conv(x), reference.permute(0, 2, 3, 4, 1), atol=1e-5, rtol=1e-4)
+    assert torch.equal(channels_to_space(space_to_channels(x, 4), 4), x)
+    frame = F.pixel_unshuffle(x[0].permute(0, 3, 1, 2), 2)
+    ours = space_to_channels(x, 2)[0].unflatten(-1, (4, 4)).permute(0, 4, 3, 1, 2).flatten(1, 2)
+    assert torch.equal(ours, frame)
+
+
+def test_config_errors() -> None:
+    with pytest.raises(ValueError, match="one entry per level"):
+        dataclasses.replace(SMALL, attention=(True,))
+    with pytest.raises(ValueError, match="no multiple of 4"):
+        dataclasses.replace(SMALL, image_size=18)
+    with pytest.raises(ValueError, match="no multiple of 24"):
+        dataclasses.replace(SMALL, head_dim=24)
+
+
+@pytest.mark.slow
+def test_overfits_one_batch() -> None:
+    torch.manual_seed(0)
+    net = Unet3D(SMALL, 24, 12)
+    z, log_snr, condition = inputs()
+    target = torch.randn_like(z).clamp(-1, 1)
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for _ in range(400):
+        loss = F.mse_loss(net(z, log_snr, condition), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
