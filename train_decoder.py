@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     conditions = load_conditions(
         cfg.run_dir, store_of(cfg), cfg.seed, section.captions, load_frames=True
     )
-    stage = decoder_stage(cfg.unet, section, conditions, cfg.data.fps, sampling)
+    stage = decoder_stage(cfg.unet, section, conditions, sampling, cfg.seed)
     train(stage, section.train, run)
 
 

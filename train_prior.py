@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     conditions = load_conditions(
         cfg.run_dir, store_of(cfg), cfg.seed, section.captions, load_frames=False
     )
-    train(prior_stage(section, conditions), section.train, run)
+    train(prior_stage(section, conditions, cfg.seed), section.train, run)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,10 @@ def write_video(
     pix_fmt: str = "yuv444p",
     aspect: Fraction | None = None,
     faststart: bool = False,
+    codec: str = "libx264",
     codec_options: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Lossless H.264 of RGB (N, H, W, 3), shown at `times` seconds (default k / fps).
+    """Lossless video (H.264) of RGB (N, H, W, 3), shown at `times` seconds (default k / fps).
 
     The YUV planes are computed here, not by the library under test. pix_fmt: yuv444p, or yuv420p
     (the chroma of each 2 x 2 block is its mean).
@@ -54,9 +55,10 @@ def write_video(
     times = [k / fps for k in range(len(images))] if times is None else list(times)
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], pix_fmt
-        stream.options = {"qp": "0", "preset": "ultrafast", **(codec_options or {})}
+        lossless = {"qp": "0", "preset": "ultrafast"} if codec == "libx264" else {}
+        stream.options = {**lossless, **(codec_options or {})}
         context = stream.codec_context
         context.time_base = stream.time_base = Fraction(1, 1000)
         if aspect is not None:

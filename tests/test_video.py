@@ -192,6 +192,15 @@ def test_colours_by_matrix_and_range(matrix: str, full: bool, pix_fmt: str) -> N
     assert np.abs(patch_colours(clip.frames[0]) - PATCHES).max() <= 2.5
 
 
+@pytest.mark.parametrize("matrix", ["bt601", "bt709"])
+def test_full_range_by_its_tag_alone(matrix: str) -> None:
+    """H.264 decodes to yuvj formats, which say "full" too; other codecs have nothing but the tag."""
+    video = write_video(patches(), form="matroska", codec="ffv1", matrix=matrix, full=True)
+    with av.open(io.BytesIO(video)) as container:
+        assert next(container.decode(video=0)).format.name == "yuv444p"
+    assert np.abs(patch_colours(decode_clip(video, 10.0, 2, 64).frames[0]) - PATCHES).max() <= 2.5
+
+
 def test_the_four_kinds_really_differ() -> None:
     """The guard of the test above: with a wrong matrix or range the colours would be far off."""
     video = write_video(patches(), matrix="bt709", tagged=False)  # 64 pixels high: taken for 601

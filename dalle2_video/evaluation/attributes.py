@@ -24,7 +24,7 @@ from dalle2_video.data.video import resize_matrix
 from dalle2_video.evaluation.light import LightRule
 
 PROBE_PATH = Path(__file__).with_name("probe.safetensors")
-PROBE_SHA256 = "0" * 64
+PROBE_SHA256 = "424169cb9c99c2e0b3492809b76de752b3899c234547dd70a3c7a6ba5ee56dcd"
 KIND = "attribute_probe"
 
 

@@ -62,15 +62,17 @@ class Demo:
         """All stages, then the page and the table."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.script("preprocess", "preprocess.py")
-        budget = self.minutes - self.elapsed - RESERVE["evaluation"] - 3 * RESERVE["script"]
-        if budget <= 0:
-            raise SystemExit(f"{self.minutes:g} minutes leave nothing to train in; try 20")
+        if "budget" not in self.state:
+            left = self.minutes - self.elapsed - RESERVE["evaluation"] - 3 * RESERVE["script"]
+            if left <= 0:
+                raise SystemExit(f"{self.minutes:g} minutes leave nothing to train in; try 20")
+            self.state["budget"] = {stage: left * share for stage, share in SHARES.items()}
         for stage, script, key in (
             ("clip", "train_clip.py", "clip"),
             ("prior", "train_prior.py", "prior"),
             ("base", "train_decoder.py", "unets.base"),
         ):
-            minutes = self.state.setdefault("budget", {}).setdefault(stage, budget * SHARES[stage])
+            minutes = self.state["budget"][stage]
             self.script(stage, script, f"{key}.train.minutes={minutes:.3f}")
         self.script("evaluation", "evaluate.py", f"evaluate.clips={SAMPLES}", f"out={self.folder}")
         self.finish()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -50,11 +51,16 @@ class UnetSection:
 
 
 def decoder_stage(
-    name: str, section: UnetSection, conditions: Conditions, fps: float, sampling: SampleConfig
+    name: str,
+    section: UnetSection,
+    conditions: Conditions,
+    sampling: SampleConfig,
+    seed: int,
 ) -> Stage:
     """The stage of one U-Net ("base"). Raises ConfigError where the data have another size."""
     clip, diffusion = conditions.clip, section.diffusion
     data, model = conditions.train_set.store.settings, section.model
+    fps = data.fps
     if (data.size, data.num_frames) != (model.image_size, model.num_frames):
         raise ConfigError(
             f"unets.{name}.model makes {model.num_frames} frames of {model.image_size} px, the clips "
@@ -95,6 +101,7 @@ def decoder_stage(
         captions = [" ".join(lines) for lines in batch.captions]
         return [Sample(c, f, fps) for c, f in zip(captions, frames, strict=True)]
 
+    torch.manual_seed(keyed.key(seed, 0, f"{name}/init"))
     return Stage(
         name=name,
         model=Unet3D(section.model, clip.embed_dim, clip.text_width),

@@ -10,6 +10,7 @@ import json
 import math
 import netrc
 import os
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ class Wandb:
         folder = Path(run.dir)
         id_file = folder / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=run.wandb_project,
             entity=run.wandb_entity,
@@ -71,6 +72,7 @@ class Wandb:
             mode=wandb_mode(run),
             dir=folder,
             config=dict(config),
+            allow_val_change=True,  # a resumed run may train for longer
         )
         self.run.define_metric("clips", hidden=True)
         self.run.define_metric("*", step_metric="clips")
@@ -224,6 +226,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_validation(path: Path, clips: int) -> dict[str, float]:
+    """The newest validation figures of a metrics.jsonl up to `clips`, without their "val/"."""
+    for line in reversed(read_metrics(path)):
+        figures = {k.removeprefix("val/"): v for k, v in line.items() if k.startswith("val/")}
+        if figures and line["clips"] <= clips:
+            return figures
+    return {}
 
 
 def clock(seconds: float) -> str:

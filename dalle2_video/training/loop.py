@@ -26,7 +26,14 @@ from dalle2_video import keyed
 from dalle2_video.data.dataset import train_loader
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.environment import make_accelerator
-from dalle2_video.training.log import Log, NullLog, RunLog, check_wandb, make_tracker
+from dalle2_video.training.log import (
+    Log,
+    NullLog,
+    RunLog,
+    check_wandb,
+    last_validation,
+    make_tracker,
+)
 from dalle2_video.training.optimizer import lr_factor, make_optimizer, set_lr
 from dalle2_video.training.shards import shards_of
 from dalle2_video.training.stage import RunConfig, Stage, StepInfo, TrainConfig
@@ -86,7 +93,7 @@ class _Trainer:
             self.folder, accelerator, self.shards, self.ema, stage, run.seed, cfg.keep_checkpoints
         )
         self.progress = self.checkpoints.restore() or Progress()
-        self.metrics: dict[str, float] = {}
+        self.metrics = last_validation(self.folder / "metrics.jsonl", self.progress.clips)
         self.log: Log = NullLog()
         if accelerator.is_main_process:
             config = {"stage": stage.config, "train": asdict(cfg), "run": asdict(run)}

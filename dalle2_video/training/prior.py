@@ -30,7 +30,7 @@ class PriorSection:
     train: TrainConfig
 
 
-def prior_stage(section: PriorSection, conditions: Conditions) -> Stage:
+def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Stage:
     """The stage "prior": MSE on the embedding itself, K noise levels per text."""
     clip, diffusion, draws = conditions.clip, section.diffusion, section.model.noise_draws
     encode = TextEncoder(clip)
@@ -68,6 +68,7 @@ def prior_stage(section: PriorSection, conditions: Conditions) -> Stage:
             count += len(batch)
         return {"loss": total / count, "cosine_to_video": cosines / count}
 
+    torch.manual_seed(keyed.key(seed, 0, "prior/init"))
     return Stage(
         name="prior",
         model=Prior(section.model, clip.embed_dim, clip.text_width),

@@ -3,8 +3,9 @@
 <dir>/checkpoints/<clips seen, 12 digits>/ holds what `Accelerator.save_state` writes (model,
 optimizer, gradient scaler, random state of each rank), ema.safetensors (full float32 averages, for
 any number of ranks), stage.json (whose weights these are) and progress.json (how far). It is
-written as a hidden folder, flushed and renamed. <dir>/model.safetensors is for consumers: the EMA
-weights, or the weights where there is no EMA, under the bare model's names.
+written as a hidden folder, flushed and renamed. Weights that the stage filters out are not in it,
+but for FSDP2, whose writer in Accelerate knows no filter. <dir>/model.safetensors is for consumers:
+the EMA weights, or the weights where there is no EMA, under the bare model's names.
 """
 
 from __future__ import annotations

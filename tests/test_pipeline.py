@@ -1,0 +1,256 @@
+"""The joints, with the real scripts on real (small) data: preprocess, CLIP, prior, decoder, sample."""
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+import evaluate
+import preprocess
+import sample
+import train_clip
+import train_decoder
+import train_prior
+from dalle2_video.checkpoint import CheckpointError, file_hash
+from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError
+from dalle2_video.data.video import to_float
+from dalle2_video.generate import Cascade, SampleConfig, load_clip, read_texts, sample_embeddings
+from dalle2_video.training.conditions import draw_times, keep_masks, load_conditions
+from dalle2_video.training.setup import store_of
+from dalle2_video.training.stage import ConfigError
+
+ROOT = Path(__file__).parent.parent
+STEPS = ["batch_size=8", "clips=32", "warmup_clips=8", "save_every_clips=16", "workers=0"]
+STAGES = {"clip": (train_clip, "clip"), "prior": (train_prior, "prior")}
+STAGES |= {"base": (train_decoder, "unets.base")}
+SMALL = [
+    "data.faces.clips=64",
+    "data.faces.size=32",
+    "data.workers=0",
+    "data.splits={train: 0.6, val: 0.2, combo: 0.2}",
+    "clip.model.embed_dim=32",
+    "clip.model.video.width=32",
+    "clip.model.video.heads=2",
+    "clip.model.text.width=32",
+    "clip.model.text.heads=2",
+    "prior.model.width=32",
+    "prior.model.heads=2",
+    "prior.model.layers=2",
+    "unets.base.model.dim=32",
+    "unets.base.model.head_dim=32",
+    "unets.base.model.cond_dim=64",
+    "sample.steps=2",
+    "sample.prior_steps=2",
+    *[f"{key}.train.{setting}" for _, key in STAGES.values() for setting in STEPS],
+]
+
+
+@pytest.fixture(scope="module")
+def configure(tmp_path_factory):
+    """overrides -> config of a small run; data and runs live in one temporary folder."""
+    folder = tmp_path_factory.mktemp("pipeline")
+
+    def compose_config(*overrides: str, run: str = "run"):
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            places = [f"data.root={folder}/data", f"run_dir={folder}/{run}"]
+            return compose("config", [*SMALL, *places, *overrides])
+
+    return compose_config
+
+
+@pytest.fixture(scope="module")
+def run_dir(configure) -> Path:
+    """All stages trained for four steps by the entry scripts."""
+    cfg = configure()
+    preprocess.main(cfg)
+    for script, _ in STAGES.values():
+        script.main(cfg)
+    return Path(cfg.run_dir)
+
+
+@pytest.fixture(scope="module")
+def cascade(run_dir) -> Cascade:
+    return Cascade.load(run_dir)
+
+
+FAST = SampleConfig(steps=2, prior_steps=2, batch_size=3)
+
+
+def test_sample_writes_mp4_and_sheet(configure, run_dir, tmp_path) -> None:
+    text = "A man with a beard smiles. The light comes from the left."
+    sample.main(configure(f"text='{text}'", "number=2", f"out={tmp_path}"))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["0000.mp4", "0001.mp4", "sheet.png"]
+    with av.open(str(tmp_path / "0000.mp4")) as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 4
+    assert len(frames) == 8 and frames[0].shape == (32, 32, 3)
+
+
+def test_every_stage_resumes_to_the_last_bit(configure, run_dir) -> None:
+    """Stopped after step 2 of 4 and started again: the weights of 4 steps in one go."""
+    for stage, (script, _) in STAGES.items():
+        cfg = configure(run=f"resumed_{stage}")
+        other = Path(cfg.run_dir)
+        shutil.copytree(run_dir, other)
+        for name in ("model.safetensors", "checkpoints/000000000032"):
+            path = other / stage / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        script.main(cfg)
+        ours = load_file(other / stage / "model.safetensors")
+        whole = load_file(run_dir / stage / "model.safetensors")
+        assert ours.keys() == whole.keys()
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, ours[name]), f"{stage}: {name}"
+        assert file_hash(other / stage / "model.safetensors") == file_hash(
+            run_dir / stage / "model.safetensors"
+        )
+
+
+def test_the_same_command_again_changes_nothing(configure, run_dir) -> None:
+    before = {s: file_hash(run_dir / s / "model.safetensors") for s in STAGES}
+    train_clip.main(configure())
+    train_decoder.main(configure())
+    assert before == {s: file_hash(run_dir / s / "model.safetensors") for s in STAGES}
+
+
+def test_metrics_are_written_by_clips(run_dir) -> None:
+    for stage in STAGES:
+        lines = [
+            json.loads(s) for s in (run_dir / stage / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert any(line["clips"] == 32 and "grad_norm" in line for line in lines), stage
+        assert any("val/loss" in line or "val/recall_at_1_text_to_video" in line for line in lines)
+    assert list((run_dir / "base" / "samples").rglob("*.mp4"))
+
+
+def test_embeddings_are_those_of_the_frames_that_the_decoder_sees(configure, run_dir) -> None:
+    """PAPERS.md 10, no. 1 and 4: by key, from the same frames, axis order and range."""
+    clip, loaded = load_clip(run_dir / "clip" / "model.safetensors")
+    conditions = load_conditions(run_dir, store_of(configure()), 0, CaptionPolicy(), True)
+    dataset = conditions.train_set
+    batch = dataset.collate([dataset.pointer(counter) for counter in (5, 0, 11)])
+    video = to_float(batch.frames)
+    assert video.shape[1:] == (3, 8, 32, 32) and video.min() >= -1 and video.max() <= 1
+    torch.testing.assert_close(clip.encode_video(video), batch.embeddings, atol=1e-4, rtol=0)
+    assert conditions.clip_hash == loaded.hash
+
+
+def test_prior_and_cache_have_one_scale(run_dir, cascade) -> None:
+    cache = EmbeddingCache.load(run_dir / "clip" / "embeddings.safetensors", None)
+    text = cascade.encode(["a man smiles", "a woman nods. Dim light."])
+    drawn = sample_embeddings(
+        cascade.prior, cascade.prior_diffusion, text, torch.arange(2), SampleConfig(prior_steps=3)
+    )
+    torch.testing.assert_close(drawn.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(cache.embeddings.norm(dim=1), torch.ones(len(cache.keys)))
+
+
+def test_what_a_text_says_reaches_the_model_in_any_order(cascade) -> None:
+    """PAPERS.md 10, no. 11: no line is cut off; a free text is the set of its sentences."""
+    lines = [
+        f"the person number {i} looks quite happy and wears a large blue hat" for i in range(9)
+    ]
+    whole = cascade.encode([lines])
+    free = cascade.encode([". ".join(lines) + "."])
+    back = cascade.encode([lines[::-1]])
+    assert int(whole.mask.sum()) > 100
+    torch.testing.assert_close(whole.embedding, back.embedding, atol=1e-5, rtol=0)
+    assert (free.embedding * whole.embedding).sum() > 0.98
+    changed = cascade.encode([[*lines[:-1], lines[-1].replace("blue", "red")]])
+    assert (changed.embedding - whole.embedding).abs().max() > 1e-5
+
+
+def test_a_clip_does_not_depend_on_its_batch(cascade) -> None:
+    texts = ["a man smiles", "a woman nods", "warm light", "a bald man. Dim light. He talks."]
+    together = cascade.sample(texts, FAST)
+    alone = torch.cat([cascade.sample([text], FAST, first=i) for i, text in enumerate(texts)])
+    assert together.shape == (4, 8, 32, 32, 3) and together.dtype == torch.uint8
+    assert (together.int() - alone.int()).abs().max() <= 1
+
+
+def test_stages_of_another_clip_are_refused(configure, run_dir) -> None:
+    cfg = configure("seed=1", run="other_clip")
+    other = Path(cfg.run_dir)
+    shutil.copytree(run_dir, other)
+    shutil.rmtree(other / "clip")
+    with pytest.raises(CheckpointError, match=r"clip/model.safetensors: no such file"):
+        train_prior.main(cfg)
+    train_clip.main(cfg)
+    with pytest.raises(CheckpointError, match=r"prior/model.safetensors: trained on the CLIP"):
+        Cascade.load(other)
+    shutil.copy(run_dir / "clip/embeddings.safetensors", other / "clip/embeddings.safetensors")
+    with pytest.raises(EmbeddingError, match="made by the CLIP checkpoint"):
+        train_decoder.main(cfg)
+
+
+def test_a_checkpoint_of_another_model_is_refused(configure, run_dir) -> None:
+    cfg = configure("unets.base.model.cond_dim=32", run="other_model")
+    shutil.copytree(run_dir, cfg.run_dir)
+    with pytest.raises(CheckpointError, match="cond_dim"):
+        train_decoder.main(cfg)
+    shutil.copy(run_dir / "prior/model.safetensors", Path(cfg.run_dir) / "base/model.safetensors")
+    with pytest.raises(CheckpointError, match="holds a 'prior' model where 'base' is needed"):
+        Cascade.load(cfg.run_dir)
+
+
+def test_config_mistakes_fail_at_once_with_the_key(configure, tmp_path) -> None:
+    """PAPERS.md 10, no. 3."""
+    cases = [
+        (train_decoder, "+unets.base.train.learning_rate=1", r"unets.base.train.learning_rate"),
+        (train_decoder, "unet=tsr", r"unet=tsr: unets has only base"),
+        (train_prior, "prior.diffusion.loss=l2", r"prior.diffusion.*'?loss"),
+        (train_clip, "+clip.model.vidoe=1", r"clip.model.vidoe"),
+        (train_decoder, "sample.steps=0", r"sample: steps must be at least 1"),
+    ]
+    for script, override, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            script.main(configure(override, f"data.root={tmp_path}/none"))
+
+
+def test_sizes_that_do_not_fit_are_named(configure, run_dir) -> None:
+    with pytest.raises(ConfigError, match=r"makes 8 frames of 64 px, the clips.* 8 frames of 32"):
+        train_decoder.main(configure("unets.base.model.image_size=64"))
+
+
+def test_evaluate_reports_figures(configure, run_dir, tmp_path) -> None:
+    cfg = configure("evaluate.clips=6", f"out={tmp_path}")
+    evaluate.main(cfg)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == len(list((tmp_path / "clips").glob("*.mp4"))) > 3
+    assert 0 <= report["attribute_accuracy"] <= 1 < 1 + report["ceiling_accuracy"]
+    evaluate.main(configure("evaluate.metric=nearest", "evaluate.split=train", f"out={tmp_path}"))
+    assert 0 <= json.loads((tmp_path / "report.json").read_text())["nearest_is_own_clip"] <= 1
+
+
+def test_texts_to_sample(tmp_path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\n two \n")
+    assert read_texts(None, str(file), 2) == ["one", "one", "two", "two"]
+    for text, path in ((None, None), ("a", str(file))):
+        with pytest.raises(ValueError, match="either text"):
+            read_texts(text, path, 1)
+    with pytest.raises(ValueError, match="nothing to sample"):
+        read_texts("  ", None, 1)
+
+
+def test_times_cover_the_interval_evenly_and_are_keyed() -> None:
+    times = draw_times(3, torch.arange(1000, 2000), "base")
+    counts = torch.histc(times, 50, 0, 1)
+    assert counts.min() >= 17 and counts.max() <= 23  # independent draws would give 20 +- 13
+    torch.testing.assert_close(times[500:], draw_times(3, torch.arange(1500, 2000), "base"))
+    assert (draw_times(4, torch.arange(5), "base") - draw_times(3, torch.arange(5), "base")).any()
+
+
+def test_condition_dropout_has_the_stated_rates() -> None:
+    drop = {"all": 0.1, "embedding": 0.3, "text": 0.2}
+    embedding, text = keep_masks(drop, 0, torch.arange(20_000))
+    assert (~embedding & ~text).float().mean() == pytest.approx(0.1 + 0.9 * 0.06, abs=0.01)
+    assert (~embedding).float().mean() == pytest.approx(0.1 + 0.9 * 0.3, abs=0.01)
+    assert (~text).float().mean() == pytest.approx(0.1 + 0.9 * 0.2, abs=0.01)
