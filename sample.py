@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for i, clip in enumerate(clips):
         encode_mp4(out / f"{i:04d}.mp4", clip, cascade.fps)
-    save_sheet(out / "sheet.png", clips, texts)
+    save_sheet(out / "sheet.png", list(clips), texts)
     print(f"{len(clips)} clips in {out}")
 
 

@@ -1,4 +1,4 @@
-"""The joints, with the real scripts on real (small) data: preprocess, CLIP, prior, decoder, sample."""
+"""The joints, with the real scripts on small real data: preprocess, CLIP, prior, base, sample."""
 
 import json
 import shutil
@@ -158,11 +158,11 @@ def test_what_a_text_says_reaches_the_model_in_any_order(cascade) -> None:
         f"the person number {i} looks quite happy and wears a large blue hat" for i in range(9)
     ]
     whole = cascade.encode([lines])
-    free = cascade.encode([". ".join(lines) + "."])
+    free = cascade.encode([" ".join(lines)])
     back = cascade.encode([lines[::-1]])
     assert int(whole.mask.sum()) > 100
     torch.testing.assert_close(whole.embedding, back.embedding, atol=1e-5, rtol=0)
-    assert (free.embedding * whole.embedding).sum() > 0.98
+    torch.testing.assert_close(whole.embedding, free.embedding, atol=1e-5, rtol=0)
     changed = cascade.encode([[*lines[:-1], lines[-1].replace("blue", "red")]])
     assert (changed.embedding - whole.embedding).abs().max() > 1e-5
 

@@ -5,18 +5,21 @@ Run as a script under `accelerate launch` it is one rank of the tests of test_di
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalle2_video import keyed
 from dalle2_video.training.loop import train
+from dalle2_video.training.shards import shards_of
 from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
+from dalle2_video.training.validation import mean_objective
 
 DIM = 8
 
@@ -110,15 +113,33 @@ def tiny_config(**changes) -> TrainConfig:
 
 
 def run_rank(root: Path) -> None:
-    """One rank: 4 steps in one go (root/whole), and 2 steps resumed to 4 (root/resumed)."""
+    """One rank: 4 steps in one go (root/whole), and 2 steps resumed to 4 (root/resumed).
+
+    Each rank writes how many ranks it sees and how many numbers of the weights it holds.
+    """
     torch.set_num_threads(1)
-    train(tiny_stage(), tiny_config(), RunConfig(str(root / "whole"), seed=3))
-    if int(os.environ["RANK"]) == 0:
+    cfg = tiny_config(micro_batch_size=2)
+    seen = {}
+
+    def validate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        shards = shards_of(accelerator, model)
+        held = sum(shards.local(name).numel() for name in shards.trainable)
+        seen.update(world=accelerator.num_processes, held=held, type=type(shards).__name__)
+        return mean_objective(tiny_stage(), model, accelerator, 2, 3)
+
+    train(tiny_stage(validate=validate), cfg, RunConfig(str(root / "whole"), seed=3))
+    rank = torch.distributed.get_rank()
+    (root / f"rank{rank}.json").write_text(json.dumps(seen))
+    if rank == 0:
         shutil.copytree(root / "whole", root / "resumed")
         shutil.rmtree(root / "resumed/checkpoints/000000000032")
         (root / "resumed/model.safetensors").unlink()
     torch.distributed.barrier()
-    train(tiny_stage(), tiny_config(), RunConfig(str(root / "resumed"), seed=3))
+    stage = tiny_stage(validate=validate)
+    with torch.no_grad():
+        stage.model.up.weight.fill_(0.5)  # must come from the checkpoint
+    train(stage, cfg, RunConfig(str(root / "resumed"), seed=3))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

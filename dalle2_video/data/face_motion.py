@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dalle2_video.data.face_attributes import FaceAttributes
 
-FloatArray = NDArray[np.float32]
+FloatArray = NDArray[np.floating]  # float32 wherever there are pixels
 
 TURN, NOD, TILT = math.radians(41), math.radians(30), math.radians(25)
 RAMP = 0.14  # fraction of the clip that a turn or tilt takes, there or back

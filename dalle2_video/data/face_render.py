@@ -146,7 +146,7 @@ def _draw(
     size: int,
 ) -> NDArray[np.uint8]:
     """Back to front: wall, shirt, falling hair, neck, head with its features, ears, hair."""
-    pixel = np.float32(2 / size / place[2])
+    pixel = 2 / size / place[2]
     grid = ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1) / place[2]
     x, y = grid[None, None, :] - place[0], grid[None, :, None] - place[1]  # (1,1,W) (1,H,1)
     key = KEY_LIGHT[attributes.light_dir]

@@ -80,7 +80,7 @@ class AttributeProbe(nn.Module):
         for axis in (3, 4):
             if video.shape[axis] != size:
                 weight = torch.from_numpy(resize_matrix(video.shape[axis], size)).to(video)
-                video = torch.tensordot(video, weight, ([axis], [1])).movedim(-1, axis)
+                video = (video.movedim(axis, -1) @ weight.T).movedim(-1, axis)
         return video / 127.5 - 1
 
     def features(self, frames: Tensor) -> Tensor:
@@ -212,6 +212,7 @@ def score(
 
 def probe_loss(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
     """Sum over attributes of the mean cross-entropy; UNDEFINED targets do not count."""
-    return sum(
+    losses = [
         F.cross_entropy(logits[name], targets[name], ignore_index=UNDEFINED) for name in logits
-    )
+    ]
+    return torch.stack(losses).sum()
