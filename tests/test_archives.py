@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from media import captions, clip_id, write_zip
 
 from dalle2_video.data.archives import ArchiveError, Catalogue, find_sources
 from dalle2_video.data.captions import CATEGORIES
+from tests.media import captions, clip_id, write_zip
 
 A, B, C = clip_id(1), clip_id(2), clip_id(3)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from media import clip_id, clip_value, write_store
 
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import (
@@ -21,6 +20,7 @@ from dalle2_video.data.dataset import (
 )
 from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
 from dalle2_video.data.store import ClipStore, Settings, StoreError, split_of, youtube_id
+from tests.media import clip_id, clip_value, write_store
 
 SPLITS = {"train": 0.7, "val": 0.3}
 CLIPS = [clip_id(person, n) for person in range(25) for n in range(2)]

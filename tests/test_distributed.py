@@ -1,6 +1,6 @@
-"""Two processes over gloo by `accelerate launch` with the files that users take: DDP, ZeRO 2 and 3, FSDP2.
+"""Two processes over gloo by `accelerate launch` with the files that users take.
 
-One launch per strategy; what came out is compared with one process.
+DDP, ZeRO 2 and 3, FSDP2, one launch per strategy; what came out is compared with one process.
 """
 
 import json
@@ -87,6 +87,12 @@ def test_two_processes_agree_with_one(strategy, single, tmp_path):
     for name, tensor in one.state.items():
         assert whole.state[name].dtype == torch.float32
         assert torch.allclose(whole.state[name], tensor, atol=1e-5), name
+
+    lines = read_metrics(tmp_path / "broken/metrics.jsonl")
+    assert [line["skipped"] for line in lines] == [0, 1, 1]  # skipped on both ranks, then goes on
+    assert lines[2]["loss"] is not None
+    state = load_model(tmp_path / "broken/model.safetensors", "tiny").state
+    assert all(tensor.isfinite().all() for tensor in state.values())
 
     checkpoint = tmp_path / "whole/checkpoints/000000000032"
     assert {p.name for p in checkpoint.glob("random_states_*")} == {

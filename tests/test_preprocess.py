@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from media import captions, clip_id, grey_steps, index_first, write_video, write_zip
 from omegaconf import OmegaConf
 
 from dalle2_video.data.archives import ArchiveError
@@ -28,6 +27,7 @@ from dalle2_video.data.preprocess import preprocess
 from dalle2_video.data.store import StoreError, shard_paths
 from dalle2_video.data.video import decode_clip
 from dalle2_video.training.stage import ConfigError, from_config
+from tests.media import captions, clip_id, grey_steps, index_first, write_video, write_zip
 
 REPOSITORY = Path(__file__).parent.parent
 SPLITS = {"train": 0.8, "val": 0.2}
@@ -335,15 +335,18 @@ preprocess(DataConfig("test", sys.argv[1], None, 5.0, 6, 16, 0, {"train": 1.0}, 
 def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(tmp_path: Path) -> None:
     write_zip(tmp_path / "a.zip", clips(*range(6)))
     write_zip(tmp_path / "b.zip", clips(*range(6, 12)))
-    child = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    workers = [int(pid) for pid in child.stdout.split()]
+    # Files, no pipes: a worker that outlives its parent would keep a pipe open for ever.
+    with open(tmp_path / "pids", "w") as pids, open(tmp_path / "errors", "w") as errors:
+        code = subprocess.run(
+            [sys.executable, "-c", KILLED, str(tmp_path)],
+            stdout=pids,
+            stderr=errors,
+            timeout=120,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        ).returncode
+    assert code == -signal.SIGKILL, (tmp_path / "errors").read_text()
+    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(workers) >= 2
     assert (tmp_path / "videos" / ".b.h5.partial").exists(), "killed in the middle of a shard"
     assert open_store(config(tmp_path)).clip_ids == [clip_id(person) for person in range(6)]

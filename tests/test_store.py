@@ -13,7 +13,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from media import clip_id, clip_value, write_store
 
 from dalle2_video.data.atomic import whole, write_json
 from dalle2_video.data.captions import CaptionError, encode
@@ -27,6 +26,7 @@ from dalle2_video.data.store import (
     youtube_id,
 )
 from dalle2_video.data.texts import ShardTexts, write_texts
+from tests.media import clip_id, clip_value, write_store
 
 SETTINGS = Settings(8.0, 4, 16)
 SPLITS = {"train": 0.8, "val": 0.1, "test": 0.1}

@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import grey_steps, index_first, set_display_matrix, write_video
 
 from dalle2_video.data.sheet import contact_sheet, save_sheet
 from dalle2_video.data.video import (
@@ -22,6 +21,7 @@ from dalle2_video.data.video import (
     to_float,
     to_uint8,
 )
+from tests.media import grey_steps, index_first, set_display_matrix, write_video
 
 
 def numbers(frames: np.ndarray, step: int = 8) -> list[int]:
@@ -194,7 +194,7 @@ def test_colours_by_matrix_and_range(matrix: str, full: bool, pix_fmt: str) -> N
 
 @pytest.mark.parametrize("matrix", ["bt601", "bt709"])
 def test_full_range_by_its_tag_alone(matrix: str) -> None:
-    """H.264 decodes to yuvj formats, which say "full" too; other codecs have nothing but the tag."""
+    """H.264 decodes to yuvj formats, which say "full" too; other codecs have the tag alone."""
     video = write_video(patches(), form="matroska", codec="ffv1", matrix=matrix, full=True)
     with av.open(io.BytesIO(video)) as container:
         assert next(container.decode(video=0)).format.name == "yuv444p"

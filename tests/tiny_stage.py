@@ -112,8 +112,9 @@ def tiny_config(**changes) -> TrainConfig:
     return replace(base, **changes)
 
 
-def run_rank(root: Path) -> None:
-    """One rank: 4 steps in one go (root/whole), and 2 steps resumed to 4 (root/resumed).
+def run_rank(root: Path, precision: str = "no") -> None:
+    """One rank: 4 steps in one go (root/whole), and 2 steps resumed to 4 (root/resumed); then 3
+    steps (root/broken) of which the second meets NaN in one micro-batch of one rank.
 
     Each rank writes how many ranks it sees and how many numbers of the weights it holds.
     """
@@ -127,7 +128,8 @@ def run_rank(root: Path) -> None:
         seen.update(world=accelerator.num_processes, held=held, type=type(shards).__name__)
         return mean_objective(tiny_stage(), model, accelerator, 2, 3)
 
-    train(tiny_stage(validate=validate), cfg, RunConfig(str(root / "whole"), seed=3))
+    run = RunConfig(str(root / "whole"), seed=3, mixed_precision=precision)
+    train(tiny_stage(validate=validate), cfg, run)
     rank = torch.distributed.get_rank()
     (root / f"rank{rank}.json").write_text(json.dumps(seen))
     if rank == 0:
@@ -138,9 +140,17 @@ def run_rank(root: Path) -> None:
     stage = tiny_stage(validate=validate)
     with torch.no_grad():
         stage.model.up.weight.fill_(0.5)  # must come from the checkpoint
-    train(stage, cfg, RunConfig(str(root / "resumed"), seed=3))
+    train(stage, cfg, replace(run, dir=str(root / "resumed")))
+
+    def broken(model: nn.Module, batch: TinyBatch, step: StepInfo) -> Loss:
+        loss = objective(model, batch, step)
+        return Loss(loss.loss * float("nan")) if int(step.counters[0]) == 8 else loss
+
+    stage = tiny_stage(objective=broken, val_set=None)
+    short = replace(cfg, clips=24, save_every_clips=None, val_every_clips=None)
+    train(stage, short, replace(run, dir=str(root / "broken")))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+    run_rank(Path(sys.argv[1]), *sys.argv[2:])

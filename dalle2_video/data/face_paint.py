@@ -1,4 +1,4 @@
-"""Features painted on the head of `face_render`: eyes, brows, mouth, beard, glasses.
+"""What is painted on the head of `face_render`: eyes, brows, mouth, beard, glasses, strands.
 
 All distances are in face coordinates (U, V), in units of the head's half width; |U| mirrors the
 eyes, brows and glasses exactly. Expression: smile in [-1, 1], open and blink in [0, 1], per frame.
@@ -48,6 +48,17 @@ def cover(distance: FloatArray, pixel: FloatArray | float) -> FloatArray:
     return np.clip(0.5 - distance / pixel, 0, 1)
 
 
+def strands(phase: FloatArray, rate: FloatArray | float) -> FloatArray:
+    """Brightness of combed hair; each wave fades before it aliases (`rate` in radians a pixel)."""
+    out = np.ones_like(phase)
+    for factor, amount in ((1.0, 0.10), (2.3, 0.10), (4.1, 0.09)):
+        fade = np.clip(1.6 - np.asarray(rate) * factor * 0.8, 0, 1)
+        if fade.max() == 0:
+            break
+        out = out + amount * fade * np.sin(phase * factor + 2 * factor)
+    return out
+
+
 def paint_face(paint: FacePaint, u: FloatArray, v: FloatArray, w: FloatArray) -> list[FloatArray]:
     """Albedo planes [red, green, blue], each (F,H,W), of the head's surface."""
     front = np.clip(w * 6 - 0.3, 0, 1)
@@ -69,7 +80,8 @@ def _put(planes: list[FloatArray], colour: Colour, alpha: FloatArray) -> None:
 
 
 def _mix(first: Colour, second: Colour, amount: float) -> Colour:
-    return tuple(p + amount * (q - p) for p, q in zip(first, second, strict=True))
+    red, green, blue = (p + amount * (q - p) for p, q in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def _ellipse(du: FloatArray, dv: FloatArray, ru: float, rv: FloatArray | float) -> FloatArray:

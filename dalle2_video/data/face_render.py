@@ -11,14 +11,16 @@ nose line, V = 0 at the height of the ears, V = about 1.26 at the chin.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dalle2_video.data.face_attributes import FaceAttributes
 from dalle2_video.data.face_motion import FloatArray, Motion, motion, smoothstep
-from dalle2_video.data.face_paint import FacePaint, cover, paint_face, skin_colour
+from dalle2_video.data.face_paint import FacePaint, cover, paint_face, skin_colour, strands
 
 CENTRE_Y = -0.12  # of the head
 AXES = (0.55, 0.68, 0.60)  # half width, height and depth of a mean head
@@ -69,7 +71,11 @@ class Identity:
             brow=rng.uniform(0.9, 1.15),
             iris=rng.choice(((0.22, 0.12, 0.06), (0.16, 0.30, 0.45), (0.18, 0.32, 0.18))),
             skin_shift=rng.uniform(-0.02, 0.02),
-            background=tuple(tone + rng.uniform(-0.02, 0.02) for _ in range(3)),
+            background=(
+                tone + rng.uniform(-0.02, 0.02),
+                tone + rng.uniform(-0.02, 0.02),
+                tone + rng.uniform(-0.02, 0.02),
+            ),
         )
 
 
@@ -95,7 +101,7 @@ class Light:
 
     def shade(self, normal: tuple[FloatArray, FloatArray, FloatArray]) -> FloatArray:
         """Ambient plus Lambert (Lambert 1760), softly wrapped around the terminator."""
-        cosine = sum(n * d for n, d in zip(normal, self.direction, strict=True))
+        cosine = _dot(normal, self.direction)
         return self.ambient + self.key * np.maximum(0.9 * cosine + 0.1, 0)
 
     def specular(
@@ -105,7 +111,7 @@ class Light:
         x, y, z = self.direction
         half = (x, y, z + 1)
         length = np.sqrt(half[0] ** 2 + half[1] ** 2 + half[2] ** 2)
-        cosine = sum(n * h for n, h in zip(normal, half, strict=True)) / length
+        cosine = _dot(normal, half) / length
         cosine = np.maximum(cosine, 0)
         for _ in range(doublings):
             cosine = cosine * cosine
@@ -152,7 +158,8 @@ def _draw(
     key = KEY_LIGHT[attributes.light_dir]
     frontal = attributes.light_dir == "front"
     ambient, strength = (0.44, 0.58) if frontal else (0.32, 0.78)
-    still = Light(tuple(np.full((1, 1, 1), k, np.float32) for k in key), ambient, strength)
+    across, down, towards = (np.full((1, 1, 1), k, np.float32) for k in key)
+    still = Light((across, down, towards), ambient, strength)
     skin = skin_colour(attributes.skin, person.skin_shift)
     hair = HAIR.get(attributes.hair_color or "", (0.16, 0.11, 0.09))
 
@@ -232,10 +239,15 @@ def ellipsoid(
     alpha = np.clip((1 - outline) / outline * np.sqrt(x * x + y * y) / pixel + 0.5, 0, 1)
     z = (np.sqrt(np.maximum(1 - outline**2, 0) * m[2, 2]) - linear) / m[2, 2]
     point = (x, y, z)
-    u, v, w = (sum(turn[j, i] * point[j] for j in range(3)) / axes[i] for i in range(3))
-    n = [sum(m[i, j] * point[j] for j in range(3)) for i in range(3)]
+    u, v, w = (_dot(turn[:, i], point) / axes[i] for i in range(3))
+    n = [_dot(m[i], point) for i in range(3)]
     length = np.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2) + 1e-6
     return Surface(alpha, z + offset[2], u, v, w, (n[0] / length, n[1] / length, n[2] / length))
+
+
+def _dot(first: Sequence[Any] | FloatArray, second: Sequence[Any] | FloatArray) -> FloatArray:
+    """Scalar product of two vectors of three arrays or numbers."""
+    return first[0] * second[0] + first[1] * second[1] + first[2] * second[2]
 
 
 def _blend(plane: FloatArray, colour: FloatArray | float, alpha: FloatArray) -> None:
@@ -292,7 +304,7 @@ def _bumps(canvas, skin, person, light, hx, hy, turn, head, ears, pixel) -> None
         ((0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
     ]
     for centre, axes, tone in bumps if ears else bumps[:1]:
-        x, y = (sum(turn[i, k] * centre[k] for k in range(3)) for i in range(2))
+        x, y = (_dot(turn[i], centre) for i in range(2))
         near = (np.abs(hx - x) < max(axes) + 2 * pixel) & (np.abs(hy - y) < max(axes) + 2 * pixel)
         rows, columns = near.any((0, 2)).nonzero()[0], near.any((0, 1)).nonzero()[0]
         if not len(rows):
@@ -330,14 +342,3 @@ def _hair(canvas, style, colour, person, light, hx, hy, turn, pixel) -> None:
     gloss = 0.10 * light.specular(shell.normal, 4)
     for plane, tone in zip(canvas, colour, strict=True):
         _blend(plane, tone * (shade + gloss * 2) + 0.35 * gloss, alpha)
-
-
-def strands(phase: FloatArray, rate: FloatArray | float) -> FloatArray:
-    """Brightness of combed hair; each wave fades before it aliases (`rate` in radians a pixel)."""
-    out = 1.0
-    for factor, amount in ((1.0, 0.10), (2.3, 0.10), (4.1, 0.09)):
-        fade = np.clip(1.6 - np.asarray(rate) * factor * 0.8, 0, 1)
-        if fade.max() == 0:
-            break
-        out = out + amount * fade * np.sin(phase * factor + 2 * factor)
-    return out
