@@ -2,9 +2,10 @@
 
     python demo.py --minutes 20
 
-Renders and preprocesses the faces, trains CLIP, prior and decoder within the budget of minutes, samples
-captions of `combo` (attribute combinations that training never saw) and judges them by the probe.
-Writes runs/demo/report.json, samples.mp4, sheet.png and index.html. Started again it continues.
+Renders and preprocesses the faces, trains CLIP, prior and decoder within the budget of minutes,
+samples captions of `combo` (attribute combinations that training never saw) and judges them by the
+probe. Writes runs/demo/report.json, samples.mp4, sheet.png and index.html. Started again it
+continues.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Measure a run by its samples: figures as JSON, samples as mp4 and a contact sheet.
 
-python evaluate.py train_name=run1                                     # embedded data: attributes of `combo`
-python evaluate.py train_name=run1 evaluate.metric=nearest evaluate.split=train   # overfitted real clips
+python evaluate.py train_name=run1                                     # embedded data: attributes
+of `combo` python evaluate.py train_name=run1 evaluate.metric=nearest evaluate.split=train   #
+overfitted real clips
 """
 
 import json

@@ -3,7 +3,8 @@
     python train_prior.py train_name=run1
     accelerate launch --config_file configs/accelerate/zero3.yaml train_prior.py train_name=run1
 
-The same command resumes. Every value of configs/ can be set on the command line (`--cfg job` shows all).
+The same command resumes. Every value of configs/ can be set on the command line (`--cfg job` shows
+all).
 """
 
 import hydra

@@ -1,1 +1,1 @@
-"""Text to video in the unCLIP way: video CLIP, prior, and a cascade of diffusion U-Nets in pixel space."""
+"""Text to video in the unCLIP way: video CLIP, prior, and diffusion U-Nets in pixel space."""

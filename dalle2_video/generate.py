@@ -1,7 +1,7 @@
 """Text to video: text tower -> prior -> base U-Net, with the checkpoints of one run.
 
-Every number that a clip is made from is keyed by (seed, index of the clip), so a clip does not depend on
-the batch that it is sampled in. B clips, F frames, H W, D embedding dimension.
+Every number that a clip is made from is keyed by (seed, index of the clip), so a clip does not
+depend on the batch that it is sampled in. B clips, F frames, H W, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def sample_embeddings(
     counters: Tensor,
     config: SampleConfig,
 ) -> Tensor:
-    """Video embeddings (B, D) for texts, l2-normalised as in the cache; counters (B,) key the noise.
+    """Video embeddings (B, D), l2-normalised as in the cache; counters (B,) key the noise.
 
     Draws `prior_draws` per text with DDIM and keeps the one with the largest dot product with the
     text embedding (Ramesh et al. 2022, section 2.2).
@@ -168,7 +168,7 @@ def load_unet(path: Path, name: str) -> tuple[Unet3D, DiffusionConfig, LoadedMod
 
 
 def read_texts(text: str | Sequence[str] | None, file: str | None, number: int) -> list[str]:
-    """The texts to sample, each `number` times; ValueError where there is none, or both are given."""
+    """The texts to sample, each `number` times. ValueError where there is none, or both."""
     if (text is None) == (file is None):
         raise ValueError('give either text="..." or file=<a text file, one text per line>')
     if number < 1:
@@ -230,7 +230,7 @@ class Cascade:
         return cls(clip, (prior, prior_diffusion), (base, base_diffusion), fps, device, precision)
 
     def encode(self, texts: Sequence[str | Sequence[str]]) -> TextEncoding:
-        """Texts, each one string (taken apart at sentences) or a list of lines, as the towers see them."""
+        """Texts, each one string (taken apart at sentences) or a list of lines, as tensors."""
         sets = [[to_line(line) for line in text_to_lines(text)] for text in texts]
         packed = pack_lines(sets)
         return self.clip.encode_text(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def key(seed: int, counter: int | str, stream: str) -> int:
-    """A 63-bit integer from (seed, counter or name, stream); a pure function, stable over versions."""
+    """A 63-bit integer from (seed, counter or name, stream), stable over versions."""
     text = f"{seed}/{counter}/{stream}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 

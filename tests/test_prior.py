@@ -66,7 +66,7 @@ def test_mask_is_causal_behind_the_text() -> None:
 
 
 def test_sampling_keeps_the_nearer_of_the_draws_and_is_keyed() -> None:
-    z, _, text, mask, embedding, _ = inputs(4, 1)
+    _, _, text, mask, embedding, _ = inputs(4, 1)
     encoding = TextEncoding(embedding, text, mask)
     diffusion = DiffusionConfig("x0", "x0")
 

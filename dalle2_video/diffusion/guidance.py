@@ -2,8 +2,8 @@
 
 A denoiser is a function (z (B, ...), log_snr (B,)) -> x0 (B, ...). Networks know nothing of it.
 Guidance (Ho & Salimans 2021) in the scale s: eps~ = eps + s (eps(c) - eps); s = 1 is the plain
-conditional model, s = 0 the unconditional one. Since x0 is affine in eps at a fixed z, guiding x0 is
-the same as guiding eps.
+conditional model, s = 0 the unconditional one. Since x0 is affine in eps at a fixed z, guiding x0
+is the same as guiding eps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def static_threshold(denoise: Denoiser) -> Denoiser:
 
 
 def dynamic_threshold(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
-    """Dynamic thresholding (Imagen, Saharia et al. 2022, section 2.3), quantile of |x0| per sample."""
+    """Dynamic thresholding (Imagen, Saharia et al. 2022, section 2.3), quantile of |x0| per
+    sample.
+    """
 
     def thresholded(z: Tensor, log_snr: Tensor) -> Tensor:
         x0 = denoise(z, log_snr)

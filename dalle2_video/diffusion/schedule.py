@@ -1,7 +1,7 @@
 """Noise schedules as functions of time in [0, 1] that return log-SNR.
 
-z_t = alpha x + sigma eps with alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr) (variance preserving).
-Source: Kingma et al. 2021 (VDM), appendix; Ho et al. 2022 (2204.03458), section 2.
+z_t = alpha x + sigma eps with alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr) (variance
+preserving). Source: Kingma et al. 2021 (VDM), appendix; Ho et al. 2022 (2204.03458), section 2.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
 class CosineSchedule:
     """Cosine log-SNR over a range, its end points mapped (not clamped).
 
-    log_snr(t) = -2 log tan(a + t (b - a)) + shift, a = atan(exp(-max / 2)), b = atan(exp(-min / 2)).
-    `shift` = 2 log(64 / side) keeps the noise per low-frequency content of a 64 px clip at other sizes
-    (Hoogeboom et al. 2023); it moves both limits.
+    log_snr(t) = -2 log tan(a + t (b - a)) + shift with a = atan(exp(-max / 2)) and
+    b = atan(exp(-min / 2)). `shift` = 2 log(64 / side) keeps the noise per low-frequency content of a 64 px clip at
+    other sizes (Hoogeboom et al. 2023); it moves both limits.
     """
 
     log_snr_min: float = -10.0

@@ -1,9 +1,9 @@
-"""Does a sampled clip show what its caption says? Measured on the embedded data, where all is known.
+"""Does a sampled clip show what its caption says? Measured on the embedded data.
 
-The captions of a split are sampled, a probe trained on real renders reads the samples, and its answers
-are compared with the attributes that the captions name. Beside it: the same answers against the
-attributes of OTHER clips (shuffled captions: chance, if nothing leaks), the light attributes read without
-a network, and the same captions joined into free sentences.
+The captions of a split are sampled, a probe trained on real renders reads the samples, and its
+answers are compared with the attributes that the captions name. Beside it: the same answers against
+the attributes of OTHER clips (shuffled captions: chance, if nothing leaks), the light attributes
+read without a network, and the same captions joined into free sentences.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def evaluate_alignment(
     config: SampleConfig,
     progress: Progress | None = None,
 ) -> tuple[dict[str, float], Captions, Tensor]:
-    """Sample the captions twice, as lines and as free text; (figures, captions, frames of the lines)."""
+    """Sample the captions as lines and as free text; (figures, captions, frames of the lines)."""
     captions = captions_of(dataset, clips)
     truth = [attributes[clip_id] for clip_id in captions.clip_ids]
     frames = cascade.sample(captions.lines, config, progress=progress)
@@ -108,8 +108,8 @@ def evaluate_alignment(
 def nearest_clips(samples: Tensor, clips: Tensor) -> Tensor:
     """For each sampled clip the index of the real clip that it shows, by pixels, int64 (B,).
 
-    samples, clips: uint8 (B, F, H, W, 3), (N, F, H, W, 3). The distance to a clip is the mean over the
-    sample's frames of the squared distance to that clip's nearest frame.
+    samples, clips: uint8 (B, F, H, W, 3), (N, F, H, W, 3). The distance to a clip is the mean over
+    the sample's frames of the squared distance to that clip's nearest frame.
     """
     flat_samples = samples.flatten(2).float()
     flat_clips = clips.flatten(2).float()

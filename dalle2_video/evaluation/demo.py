@@ -1,4 +1,4 @@
-"""`make demo`: every stage as its own script, timed, with a table, a report and a page at the end."""
+"""`make demo`: every stage as its own script, timed, then a table, a report and a page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLES = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a stage, its minutes of wall clock, its figure and what chance gives."""
+    """One line of the table: a stage, its minutes of wall clock, its figure, and chance."""
 
     stage: str
     minutes: float

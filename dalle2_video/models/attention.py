@@ -1,8 +1,9 @@
-"""Factorized space-time attention (Ho et al. 2022, 2204.03458, section 3) and attention to conditions.
+"""Factorized space-time attention (Ho et al. 2022, 2204.03458, section 3), and to conditions.
 
-Spatial attention: each frame by itself. Temporal attention: each position by itself, over the frames,
-with a learned relative position bias (T5 buckets). Cross attention: every position to the tokens of the
-condition. Each is a pre-norm residual branch on (B, F, H, W, C) whose output starts at zero.
+Spatial attention: each frame by itself. Temporal attention: each position by itself, over the
+frames, with a learned relative position bias (T5 buckets). Cross attention: every position to the
+tokens of the condition. Each is a pre-norm residual branch on (B, F, H, W, C) whose output starts
+at zero.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int, mask: Tensor | None = None) -> Tensor:
-    """Multi-head attention of (N, T, C) queries; mask broadcasts to (N, heads, T, S): bool or bias."""
+    """Multi-head attention of (N, T, C) queries; mask: bool or bias, as (N, heads, T, S)."""
     q, k, v = (split_heads(a, head_dim) for a in (q, k, v))
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
@@ -30,10 +31,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, head_dim: int, mask: Tensor | None =
 
 
 class RelativePositionBias(nn.Module):
-    """Learned bias per head and bucket of the distance between frames (Raffel et al. 2020, section 2.1).
+    """Learned bias per head and bucket of the distance between frames (Raffel et al. 2020, 2.1).
 
-    Half of the buckets are for the past, half for the future; within a half the first half are exact
-    distances, the rest logarithmic up to `max_distance`. Any number of frames.
+    Half of the buckets are for the past, half for the future; within a half the first half are
+    exact distances, the rest logarithmic up to `max_distance`. Any number of frames.
     """
 
     def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128) -> None:
@@ -96,7 +97,7 @@ class TemporalAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of every position to the condition's tokens (B, N, context_dim), mask (B, N) bool."""
+    """Attention of every position to the tokens (B, N, context_dim) where mask (B, N) is True."""
 
     def __init__(self, dim: int, context_dim: int, head_dim: int) -> None:
         super().__init__()

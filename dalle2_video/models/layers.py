@@ -45,7 +45,7 @@ def zero_init(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
 
 
 class SpatialConv(nn.Conv2d):
-    """A 1 x k x k convolution on (B, F, H, W, C); VDM section 3 (every 2D kernel becomes 1 x k x k)."""
+    """A 1 x k x k convolution on (B, F, H, W, C); VDM, section 3."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3) -> None:
         super().__init__(dim_in, dim_out, kernel, padding=kernel // 2)
@@ -58,7 +58,7 @@ class SpatialConv(nn.Conv2d):
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm over channels, scaled and shifted by a condition (B, cond_dim); identity scale at init."""
+    """Layer norm over channels, scaled and shifted by a condition (B, cond_dim); at first by 1, 0."""
 
     def __init__(self, dim: int, cond_dim: int) -> None:
         super().__init__()

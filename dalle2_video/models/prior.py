@@ -1,11 +1,12 @@
-"""The prior: a transformer that predicts a video embedding from a text (Ramesh et al. 2022, section 2.2).
+"""The prior: a transformer from a text to a video embedding (Ramesh et al. 2022, section 2.2).
 
-Sequence: [text states, text embedding, time, noised embedding, query]; the output at the query is the
-prediction. Two deviations, both without effect on what can be expressed: the text is a SET of lines, so
-its states attend to one another in both directions and carry no positions (the order of lines cannot
-matter), and everything behind the text is causal as in the paper; and K noised embeddings share one
-text, each with its own (time, noised, query) behind the same prefix, none seeing another.
-B texts, N text tokens, W text width, D embedding dimension, K noised embeddings per text.
+Sequence: [text states, text embedding, time, noised embedding, query]; the output at the query is
+the prediction. Two deviations, both without effect on what can be expressed: the text is a SET of
+lines, so its states attend to one another in both directions and carry no positions (the order of
+lines cannot matter), and everything behind the text is causal as in the paper; and K noised
+embeddings share one text, each with its own (time, noised, query) behind the same prefix, none
+seeing another. B texts, N text tokens, W text width, D embedding dimension, K noised embeddings per
+text.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class PriorBlock(nn.Module):
 class Prior(nn.Module):
     """(noised embeddings, log-SNR, text) -> predicted embeddings; starts at a text-free constant.
 
-    Embeddings go in and come out in the scale of unit variance per dimension (norm sqrt(D)); the text
-    embedding comes as it is in the cache, with norm 1. Cost: quadratic in N + 1 + 3 K.
+    Embeddings go in and come out in the scale of unit variance per dimension (norm sqrt(D)); the
+    text embedding comes as it is in the cache, with norm 1. Cost: quadratic in N + 1 + 3 K.
     """
 
     def __init__(self, config: PriorConfig, embedding_dim: int, text_dim: int) -> None:
@@ -119,8 +120,8 @@ class Prior(nn.Module):
 def attention_mask(text_mask: Tensor, draws: int) -> Tensor:
     """(B, T, T) bool, query by key, T = N + 1 + 3 draws: who may see whom.
 
-    Text sees text; the text embedding sees text and itself; each triple sees the prefix and, causally,
-    itself. Padded text is seen by nobody but itself.
+    Text sees text; the text embedding sees text and itself; each triple sees the prefix and,
+    causally, itself. Padded text is seen by nobody but itself.
     """
     tokens = text_mask.shape[1]
     prefix = tokens + 1

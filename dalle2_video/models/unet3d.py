@@ -1,10 +1,10 @@
 """Unet3D with factorized space-time attention: the network of every stage of the cascade.
 
-Source: Ho et al. 2022 (2204.03458) section 3; conditions as in DALL-E 2 (Ramesh et al. 2022, section
-2.1): the video embedding is added to the time embedding and given as extra tokens, text by cross
-attention. Deviations: layer norm over channels in place of group norm; a pixel-unshuffle stem (patch);
-an embedding of the frame's place in the clip is added behind the stem; pooled text joins the time
-embedding (Imagen, Saharia et al. 2022). B batch, F frames, H W, C channels, N text tokens.
+Source: Ho et al. 2022 (2204.03458) section 3; conditions as in DALL-E 2 (Ramesh et al. 2022,
+section 2.1): the video embedding is added to the time embedding and given as extra tokens, text by
+cross attention. Deviations: layer norm over channels in place of group norm; a pixel-unshuffle stem
+(patch); an embedding of the frame's place in the clip is added behind the stem; pooled text joins
+the time embedding (Imagen, Saharia et al. 2022). B batch, F frames, H W, C channels, N text tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class UnetConfig:
 
     image_size, num_frames: of the clips it is trained on. patch: pixel-unshuffle stem (1: none).
     mults: width of each level over dim; each level has half the resolution of the one before.
-    attention, cross_attention: per level. embedding_dim, text_dim: of the CLIP it is conditioned on.
+    attention, cross_attention: per level. embedding_dim, text_dim: of the CLIP it is conditioned
+    on.
     """
 
     image_size: int = 32
@@ -105,7 +106,9 @@ class Condition(NamedTuple):
 
 
 class ConditionEncoder(nn.Module):
-    """Condition and log-SNR -> (B, cond_dim) for the norms and tokens (B, M + N, cond_dim) with mask."""
+    """Condition and log-SNR -> (B, cond_dim) for the norms and tokens (B, M + N, cond_dim) with
+    mask.
+    """
 
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
         super().__init__()

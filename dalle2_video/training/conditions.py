@@ -1,4 +1,5 @@
-"""What the prior and the U-Nets share in training: data with embeddings, the frozen CLIP, the draws.
+"""What the prior and the U-Nets share in training: data with embeddings, the frozen CLIP, the
+draws.
 
 The CLIP's text tower is no part of the trained network: it stands beside it, frozen, in eval mode.
 """

@@ -27,7 +27,9 @@ SAMPLES = 8
 
 @dataclass(frozen=True)
 class DropSection:
-    """Rates of condition dropout: all at once, the embedding alone, the text alone (independent)."""
+    """Rates of condition dropout: all at once, the embedding alone, the text alone
+    (independent).
+    """
 
     all: float
     embedding: float
@@ -63,8 +65,9 @@ def decoder_stage(
     fps = data.fps
     if (data.size, data.num_frames) != (model.image_size, model.num_frames):
         raise ConfigError(
-            f"unets.{name}.model makes {model.num_frames} frames of {model.image_size} px, the clips "
-            f"in {conditions.train_set.store.root} have {data.num_frames} frames of {data.size} px"
+            f"unets.{name}.model makes {model.num_frames} frames of {model.image_size} px, the "
+            f"clips in {conditions.train_set.store.root} have {data.num_frames} frames of "
+            f"{data.size} px"
         )
     encode = TextEncoder(clip)
     drop = dataclasses.asdict(section.drop)

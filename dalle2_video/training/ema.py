@@ -1,7 +1,7 @@
 """Exponential moving average of the trainable weights, on this rank's shards alone.
 
-Half-life in clips with a ramp-up, as `ema_rampup_ratio` in NVlabs/edm training_loop.py (Karras et al.
-2022): early weights are forgotten quickly, so short runs are served too. Float32 whatever the
+Half-life in clips with a ramp-up, as `ema_rampup_ratio` in NVlabs/edm training_loop.py (Karras et
+al. 2022): early weights are forgotten quickly, so short runs are served too. Float32 whatever the
 precision of the forward pass.
 """
 

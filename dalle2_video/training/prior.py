@@ -1,4 +1,6 @@
-"""Training of the prior: its objective, its validation, and its Stage (Ramesh et al. 2022, section 2.2)."""
+"""Training of the prior: its objective, its validation, and its Stage (Ramesh et al. 2022, section
+2.2).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
 
 @dataclass(frozen=True)
 class PriorSection:
-    """The section `prior` of the configuration. text_drop: rate of texts replaced by the null text."""
+    """The section `prior` of the configuration. text_drop: rate of texts replaced by the null
+    text.
+    """
 
     captions: CaptionPolicy
     model: PriorConfig
