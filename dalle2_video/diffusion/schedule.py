@@ -24,7 +24,8 @@ class CosineSchedule:
     """Cosine log-SNR over a range, its end points mapped (not clamped).
 
     log_snr(t) = -2 log tan(a + t (b - a)) + shift with a = atan(exp(-max / 2)) and
-    b = atan(exp(-min / 2)). `shift` = 2 log(64 / side) keeps the noise per low-frequency content of a 64 px clip at
+    b = atan(exp(-min / 2)).
+    `shift` = 2 log(64 / side) keeps the noise per low-frequency content of a 64 px clip at
     other sizes (Hoogeboom et al. 2023); it moves both limits.
     """
 

@@ -58,7 +58,7 @@ class SpatialConv(nn.Conv2d):
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm over channels, scaled and shifted by a condition (B, cond_dim); at first by 1, 0."""
+    """Layer norm over channels, scaled and shifted by a condition (B, cond_dim)."""
 
     def __init__(self, dim: int, cond_dim: int) -> None:
         super().__init__()
