@@ -88,6 +88,7 @@ def _render_faces(config: DataConfig) -> None:
         faces.seed,
         config.splits,
         config.workers,
+        split_seed=config.split_seed,
     )
 
 
