@@ -13,7 +13,7 @@ from dalle2_video.data.face_attributes import FaceAttributes
 from dalle2_video.data.face_motion import FloatArray, Motion, smoothstep
 
 if TYPE_CHECKING:
-    from .face_render import Identity
+    from dalle2_video.data.face_render import Identity
 
 Colour = tuple[float, float, float]
 
