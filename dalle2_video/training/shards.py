@@ -208,7 +208,7 @@ class Zero3Shards(Shards):
 
 def shards_of(accelerator: Accelerator, model: nn.Module) -> Shards:
     """The shards of a model that `accelerator.prepare` returned."""
-    module = accelerator.unwrap_model(model)
+    module = cast(nn.Module, accelerator.unwrap_model(model))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         if stage == 3:

@@ -199,9 +199,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         raise ConfigError(f"{where}: must be one of {', '.join(map(str, args))}, got {value!r}")
     if dataclasses.is_dataclass(hint):
-        return (
-            value if isinstance(value, typing.cast(Any, hint)) else from_config(hint, value, where)
-        )
+        kind = typing.cast(Any, hint)
+        return value if isinstance(value, kind) else from_config(kind, value, where)
     if origin in (tuple, list):
         return _sequence(origin, args, value, where, wrong)
     if origin in (dict, Mapping) or hint is dict:

@@ -135,7 +135,7 @@ class Checkpoints:
             return None
         folder = found[-1]
         self._check_identity(folder)
-        options = {"load_module_strict": False} if self._partial_deepspeed else {}
+        options: dict[str, Any] = {"load_module_strict": False} if self._partial_deepspeed else {}
         try:
             with _weights_only(self._deepspeed):
                 self.accelerator.load_state(str(folder), **options)
@@ -228,7 +228,7 @@ def _weights_only(deepspeed: bool) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _deepspeed_types() -> list[type]:
+def _deepspeed_types() -> list[Any]:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

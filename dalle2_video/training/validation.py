@@ -75,6 +75,7 @@ def mean_objective(
         weight = len(batch.counters) if batch is not None else 0
         first = first or batch
         batch = batch or first
+        assert batch is not None  # the first round always has one
         counters = batch.counters
         torch.manual_seed(seed)
         info = StepInfo(counters, seed, accelerator.device, accelerator)
