@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
     section = from_config(ClipSection, cfg.clip, "clip")
     run = run_config(cfg, "clip")
     store = store_of(cfg)
-    train(clip_stage(section, store, cfg.seed), section.train, run)
+    train(clip_stage(section, store, cfg.seed, cfg.validation), section.train, run)
     cache_embeddings(run.dir, store)
 
 

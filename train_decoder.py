@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     sampling = sample_config(cfg)
     run = run_config(cfg, cfg.unet)
     conditions = load_conditions(
-        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, load_frames=True
+        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, True, cfg.validation
     )
     stage = decoder_stage(cfg.unet, section, conditions, sampling, cfg.seed)
     train(stage, section.train, run)

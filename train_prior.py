@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     section = from_config(PriorSection, cfg.prior, "prior")
     run = run_config(cfg, "prior")
     conditions = load_conditions(
-        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, load_frames=False
+        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, False, cfg.validation
     )
     train(prior_stage(section, conditions, cfg.seed), section.train, run)
 

@@ -217,8 +217,8 @@ def judge(model: nn.Module, dataset: CelebVTextDataset) -> Retrieval:
     return retrieval(video, text)
 
 
-def clip_stage(section: ClipSection, store: ClipStore, seed: int) -> Stage:
-    """The stage "clip"; validation is retrieval over all of the split `val`.
+def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: str = "val") -> Stage:
+    """The stage "clip"; validation is retrieval over all of that split.
 
     Raises ConfigError where the clips of the data have another size, or with accumulation.
     """
@@ -231,7 +231,7 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int) -> Stage:
         )
     torch.manual_seed(keyed.key(seed, 0, "clip/init"))
     model = VideoCLIP(section.model.model_config())
-    val_set = CelebVTextDataset(store, "val", seed, CaptionPolicy(drop=False))
+    val_set = CelebVTextDataset(store, validation, seed, CaptionPolicy(drop=False))
     return Stage(
         name="clip",
         model=model,

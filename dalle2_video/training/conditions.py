@@ -41,8 +41,9 @@ def load_conditions(
     seed: int,
     captions: CaptionPolicy,
     load_frames: bool,
+    validation: str = "val",
 ) -> Conditions:
-    """CLIP, embeddings and data of a run.
+    """CLIP, embeddings and data of a run; `validation` names the split to validate on.
 
     Raises CheckpointError or EmbeddingError where the CLIP or its cache is missing or they do not
     belong together, and EmbeddingError where the cache lacks a clip of the data.
@@ -52,7 +53,7 @@ def load_conditions(
     cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
     sets = [
         CelebVTextDataset(store, split, seed, policy, cache, load_frames)
-        for split, policy in (("train", captions), ("val", CaptionPolicy(drop=False)))
+        for split, policy in (("train", captions), (validation, CaptionPolicy(drop=False)))
     ]
     for dataset in sets:
         cache.rows(dataset.keys())
