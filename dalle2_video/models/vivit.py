@@ -3,7 +3,8 @@
 A spatial transformer sees the patches of one tubelet index at a time; a temporal transformer then
 sees one vector per tubelet index. Each has its own CLS token and its own learned positions.
 Deviations: blocks are pre-norm with one fused qkv product; the embedding is a linear layer on
-rearranged patches (the same map as the paper's 3D convolution), initialised at random.
+rearranged patches (the same map as the paper's 3D convolution), initialised at random, or a stack
+of strided convolutions.
 
 B batch, F frames, T tubelet indices = F / tubelet, N patches of a tubelet index, W width, D output.
 """
@@ -11,6 +12,7 @@ B batch, F frames, T tubelet indices = F / tubelet, N patches of a tubelet index
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -21,7 +23,10 @@ from dalle2_video.models.sdpa import attention
 
 @dataclass(frozen=True)
 class VideoTowerConfig:
-    """image_size: side in pixels; patch (h, w) in pixels; tubelet: frames that one token spans."""
+    """image_size: side in pixels; patch (h, w) in pixels; tubelet: frames that one token spans.
+
+    embedding: linear is ViViT's; conv puts strided convolutions in its place.
+    """
 
     image_size: int
     num_frames: int
@@ -32,6 +37,7 @@ class VideoTowerConfig:
     temporal_layers: int
     heads: int
     mlp_ratio: float = 4.0
+    embedding: Literal["linear", "conv"] = "linear"
 
     def __post_init__(self) -> None:
         sides = [("height of patch", self.patch[0]), ("width of patch", self.patch[1])]
@@ -42,6 +48,9 @@ class VideoTowerConfig:
             raise ValueError(f"tubelet {self.tubelet} does not divide num_frames {self.num_frames}")
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        side = self.patch[0]
+        if self.embedding == "conv" and (side < 2 or side & (side - 1) or side != self.patch[1]):
+            raise ValueError(f"a conv embedding needs a square patch of 2^n, not {self.patch}")
 
     @property
     def num_patches(self) -> int:
@@ -84,6 +93,44 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class LinearTubelets(nn.Module):
+    """(B, 3, F, H, W) -> (B T, N, W): each patch of a tubelet by a linear layer."""
+
+    def __init__(self, config: VideoTowerConfig) -> None:
+        super().__init__()
+        self.tubelet, self.patch = config.tubelet, config.patch
+        self.project = nn.Linear(3 * self.tubelet * self.patch[0] * self.patch[1], config.width)
+
+    def forward(self, video: Tensor) -> Tensor:
+        t, (p, q) = self.tubelet, self.patch
+        pattern = "b c (f t) (h p) (w q) -> (b f) (h w) (c t p q)"
+        return self.project(rearrange(video, pattern, t=t, p=p, q=q))
+
+
+class ConvTubelets(nn.Module):
+    """(B, 3, F, H, W) -> (B T, N, W): 3x3 convolutions of stride 2 per frame, then a linear layer.
+
+    Early convolutions let a transformer learn fine features in far fewer steps (Xiao et al. 2021).
+    """
+
+    def __init__(self, config: VideoTowerConfig) -> None:
+        super().__init__()
+        self.tubelet = config.tubelet
+        steps = config.patch[0].bit_length() - 1
+        widths = [3, *(max(32, config.width >> (steps - 1 - i)) for i in range(steps))]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
+            layers += [nn.GroupNorm(1, after), nn.GELU()]
+        self.convs = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.project = nn.Linear(self.tubelet * widths[-1], config.width)
+
+    def forward(self, video: Tensor) -> Tensor:
+        frames = rearrange(video, "b c f h w -> (b f) c h w")
+        x = self.convs(frames.contiguous(memory_format=torch.channels_last))
+        return self.project(rearrange(x, "(n t) c h w -> n (h w) (t c)", t=self.tubelet))
+
+
 class ClsTransformer(nn.Module):
     """(B, N, W) -> (B, W): prepends a CLS token, adds positions, returns the CLS token's state."""
 
@@ -113,7 +160,7 @@ class VideoTower(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.embed = nn.Linear(3 * c.tubelet * c.patch[0] * c.patch[1], c.width)
+        self.embed = {"linear": LinearTubelets, "conv": ConvTubelets}[c.embedding](c)
         layers = (c.spatial_layers, c.temporal_layers)
         self.spatial = ClsTransformer(c.num_patches, c.width, layers[0], c.heads, c.mlp_ratio)
         self.temporal = ClsTransformer(c.num_tubelets, c.width, layers[1], c.heads, c.mlp_ratio)
@@ -126,13 +173,6 @@ class VideoTower(nn.Module):
         if video.ndim != 5 or list(video.shape[1:]) != expected:
             wanted = "(B, C, F, H, W) = (B, {}, {}, {}, {})".format(*expected)
             raise ValueError(f"video tower: expected {wanted}, got {tuple(video.shape)}")
-        patches = rearrange(
-            video,
-            "b c (f t) (h p) (w q) -> (b f) (h w) (c t p q)",
-            t=c.tubelet,
-            p=c.patch[0],
-            q=c.patch[1],
-        )
-        x = self.spatial(self.embed(patches))  # (B T, W)
+        x = self.spatial(self.embed(video))  # (B T, W)
         x = self.temporal(rearrange(x, "(b f) w -> b f w", f=c.num_tubelets))  # (B, W)
         return self.project(self.norm(x)).float()
