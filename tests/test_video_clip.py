@@ -24,7 +24,7 @@ from dalle2_video.models.text_tower import (
     weights_sha256,
 )
 from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
-from dalle2_video.models.vivit import VideoTower, VideoTowerConfig
+from dalle2_video.models.vivit import ConvTubelets, VideoTower, VideoTowerConfig
 from dalle2_video.training.optimizer import param_groups
 
 VIDEO = VideoTowerConfig(16, 4, (8, 8), 2, 32, 1, 2, 2)
@@ -77,8 +77,10 @@ def test_the_tubelet_embedding_is_a_3d_convolution():
     tower.embed.register_forward_hook(lambda module, args, out: seen.append(out))
     video = clips(2)
     tower(video)
-    kernel = tower.embed.weight.view(32, 3, 2, 8, 8)
-    expected = F.conv3d(video, kernel, tower.embed.bias, stride=(2, 8, 8))  # (B, W, T, h, w)
+    kernel = tower.embed.project.weight.view(32, 3, 2, 8, 8)
+    expected = F.conv3d(
+        video, kernel, tower.embed.project.bias, stride=(2, 8, 8)
+    )  # (B, W, T, h, w)
     expected = expected.permute(0, 2, 3, 4, 1).reshape(4, 4, 32)
     assert torch.allclose(seen[0], expected, atol=1e-5)
 
@@ -409,3 +411,23 @@ def test_a_tower_of_another_kind_is_an_error(tmp_path, change, message):
             VideoCLIP(pretrained(path))
     finally:
         _MODEL_CONFIGS.pop(NAME, None)
+
+
+def test_conv_embedding_keeps_tubelets_apart_and_patches_in_place() -> None:
+    torch.manual_seed(0)
+    config = VideoTowerConfig(32, 4, (8, 8), 2, 32, 1, 1, 2, embedding="conv")
+    embed = ConvTubelets(config)
+    video = torch.randn(2, 3, 4, 32, 32)
+    tokens = embed(video)
+    assert tokens.shape == (4, 16, 32)  # (B T, N, W)
+    later = video.clone()
+    later[:, :, 2:] += 1
+    changed = (embed(later) - tokens).abs().amax(dim=(1, 2))
+    assert changed[0] == 0 and changed[2] == 0 and changed[1] > 1e-3 and changed[3] > 1e-3
+    pixel = video.clone()
+    pixel[0, :, 0, 12, 28] += 1  # row 1, column 3 of the patches
+    # group norm spreads a little of it over the frame, most stays in place
+    difference = (embed(pixel) - tokens)[0].abs().sum(1)
+    assert difference.argmax() == 1 * 4 + 3
+    with pytest.raises(ValueError, match="square patch"):
+        dataclasses.replace(config, patch=(8, 4))

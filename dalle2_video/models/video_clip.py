@@ -32,7 +32,6 @@ from dalle2_video.models.vivit import VideoTower, VideoTowerConfig
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # Radford et al. 2021, section 2.5
 LOGIT_SCALE_MAX = math.log(100.0)
-LOGIT_SCALE_SPEED = 10.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class VideoCLIP(nn.Module):
         else:
             self.text = trained_tower(config.text, config.embed_dim)
         self.config = config  # with the pretrained tower's sha256 filled in
-        self.log_logit_scale = nn.Parameter(torch.full((1,), LOGIT_SCALE_INIT / LOGIT_SCALE_SPEED))
+        self.log_logit_scale = nn.Parameter(torch.full((1,), LOGIT_SCALE_INIT))
 
     @property
     def embed_dim(self) -> int:
@@ -110,7 +109,7 @@ class VideoCLIP(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """(1,): the factor on the cosines, in [1, 100]."""
-        return (self.log_logit_scale * LOGIT_SCALE_SPEED).clamp(0.0, LOGIT_SCALE_MAX).exp()
+        return self.log_logit_scale.clamp(0.0, LOGIT_SCALE_MAX).exp()
 
     def keeps(self, name: str) -> bool:
         """Whether our checkpoints hold this entry of the state: all but a frozen text tower."""

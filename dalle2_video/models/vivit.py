@@ -12,6 +12,7 @@ B batch, F frames, T tubelet indices = F / tubelet, N patches of a tubelet index
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -119,7 +120,7 @@ class ConvTubelets(nn.Module):
         steps = config.patch[0].bit_length() - 1
         widths = [3, *(max(32, config.width >> (steps - 1 - i)) for i in range(steps))]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
             layers += [nn.GroupNorm(1, after), nn.GELU()]
         self.convs = nn.Sequential(*layers).to(memory_format=torch.channels_last)
