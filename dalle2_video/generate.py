@@ -259,7 +259,7 @@ class Cascade:
                 embedding = sample_embeddings(
                     self.prior, self.prior_diffusion, text, counters, config
                 )
-                condition = Condition.of(embedding, text.states.float(), text.mask)
+                condition = Condition.of(embedding, text.states.float(), text.mask, text.embedding)
                 video = sample_clips(
                     self.base,
                     self.base.config.clip_shape,

@@ -34,9 +34,8 @@ def inputs(batch: int = 2, frames: int = 4):
     torch.manual_seed(1)
     mask = torch.ones(batch, 5, dtype=torch.bool)
     mask[0, 3:] = False
-    condition = Condition.of(
-        F.normalize(torch.randn(batch, 24), dim=-1), torch.randn(batch, 5, 12), mask
-    )
+    embedding, whole = F.normalize(torch.randn(2, batch, 24), dim=-1)
+    condition = Condition.of(embedding, torch.randn(batch, 5, 12), mask, whole)
     return torch.randn(batch, 3, frames, 16, 16), torch.linspace(-3, 3, batch), condition
 
 
@@ -107,7 +106,11 @@ def test_text_is_a_set_and_padding_is_unseen() -> None:
 def test_dropped_conditions_say_nothing_and_kept_ones_do() -> None:
     net = awake(Unet3D(SMALL, 24, 12))
     z, log_snr, condition = inputs()
-    other = condition._replace(embedding=condition.embedding.flip(0), text=condition.text.flip(0))
+    other = condition._replace(
+        embedding=condition.embedding.flip(0),
+        text=condition.text.flip(0),
+        text_embedding=condition.text_embedding.flip(0),
+    )
     assert (net(z, log_snr, condition) - net(z, log_snr, other)).abs().max() > 1e-3
     torch.testing.assert_close(
         net(z, log_snr, condition.dropped()), net(z, log_snr, other.dropped())

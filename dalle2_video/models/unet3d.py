@@ -3,8 +3,9 @@
 Source: Ho et al. 2022 (2204.03458) section 3; conditions as in DALL-E 2 (Ramesh et al. 2022,
 section 2.1): the video embedding is added to the time embedding and given as extra tokens, text by
 cross attention. Deviations: layer norm over channels in place of group norm; a pixel-unshuffle stem
-(patch); an embedding of the frame's place in the clip is added behind the stem; pooled text joins
-the time embedding (Imagen, Saharia et al. 2022). B batch, F frames, H W, C channels, N text tokens.
+(patch); an embedding of the frame's place in the clip is added behind the stem; the text's own
+embedding and its pooled states join the time embedding (GLIDE; Imagen, Saharia et al. 2022).
+B batch, F frames, H W, C channels, N text tokens.
 """
 
 from __future__ import annotations
@@ -79,25 +80,27 @@ class Condition(NamedTuple):
     """What a clip is generated from; a dropped part is replaced by a learned null value.
 
     embedding: (B, D) l2-normalised video embedding; keep_embedding: (B,) bool.
-    text: (B, N, W) states of the text's tokens; text_mask: (B, N) bool; keep_text: (B,) bool.
+    text: (B, N, W) states of the text's tokens; text_mask: (B, N) bool; text_embedding: (B, D)
+    l2-normalised embedding of the whole text; keep_text: (B,) bool.
     """
 
     embedding: Tensor
     keep_embedding: Tensor
     text: Tensor
     text_mask: Tensor
+    text_embedding: Tensor
     keep_text: Tensor
 
     @staticmethod
-    def of(embedding: Tensor, text: Tensor, text_mask: Tensor) -> Condition:
+    def of(embedding: Tensor, text: Tensor, text_mask: Tensor, text_embedding: Tensor) -> Condition:
         """Everything kept."""
         keep = torch.ones(len(embedding), dtype=torch.bool, device=embedding.device)
-        return Condition(embedding, keep, text, text_mask, keep)
+        return Condition(embedding, keep, text, text_mask, text_embedding, keep)
 
     def dropped(self) -> Condition:
         """The same with everything dropped, for the unconditional half of guidance."""
         none = torch.zeros_like(self.keep_text)
-        return Condition(self.embedding, none, self.text, self.text_mask, none)
+        return self._replace(keep_embedding=none, keep_text=none)
 
     @staticmethod
     def cat(a: Condition, b: Condition) -> Condition:
@@ -118,7 +121,9 @@ class ConditionEncoder(nn.Module):
         self.log_snr = LogSNREmbedding(dim)
         self.null_embedding = nn.Parameter(torch.randn(embedding_dim) / self.scale)
         self.null_text = nn.Parameter(torch.randn(text_dim) * 0.5)
+        self.null_text_embedding = nn.Parameter(torch.randn(embedding_dim) / self.scale)
         self.embedding = nn.Linear(embedding_dim, dim)
+        self.text_embedding = nn.Linear(embedding_dim, dim)
         self.embedding_to_tokens = nn.Linear(embedding_dim, self.tokens * dim)
         self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.pool_score = nn.Linear(dim, 8)
@@ -130,6 +135,9 @@ class ConditionEncoder(nn.Module):
             condition.keep_embedding[:, None], condition.embedding, self.null_embedding
         )
         embedding = embedding * self.scale
+        whole = torch.where(
+            condition.keep_text[:, None], condition.text_embedding, self.null_text_embedding
+        )
         # a dropped text is one null token
         first = torch.arange(condition.text.shape[1], device=log_snr.device) == 0
         keep = condition.keep_text[:, None]
@@ -138,7 +146,8 @@ class ConditionEncoder(nn.Module):
 
         score = self.pool_score(text).masked_fill(~mask[..., None], float("-inf")).softmax(1)
         pooled = torch.einsum("bnk,bnd->bkd", score, text).flatten(1)
-        cond = self.mlp(self.log_snr(log_snr) + self.embedding(embedding) + self.pool(pooled))
+        says = self.text_embedding(whole * self.scale) + self.pool(pooled)
+        cond = self.mlp(self.log_snr(log_snr) + self.embedding(embedding) + says)
 
         extra = self.embedding_to_tokens(embedding).unflatten(-1, (self.tokens, -1))
         tokens = torch.cat([extra.to(text.dtype), text], dim=1)

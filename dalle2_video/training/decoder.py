@@ -85,6 +85,7 @@ def decoder_stage(
             keep_embedding.to(step.device),
             text.states,
             text.mask,
+            text.embedding,
             keep_text.to(step.device),
         )
         prediction = model(noised.z, noised.log_snr, condition)
@@ -97,7 +98,7 @@ def decoder_stage(
         batch = dataset.collate(pointers).to(accelerator.device)
         assert batch.embeddings is not None
         text = encode(batch)
-        condition = Condition.of(batch.embeddings, text.states, text.mask)
+        condition = Condition.of(batch.embeddings, text.states, text.mask, text.embedding)
         shape = section.model.clip_shape
         video = sample_clips(model, shape, diffusion, condition, batch.counters, sampling)
         frames = to_uint8(video).cpu().numpy()
