@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from dalle2_video.diffusion.sampling import ancestral, ddim
 from dalle2_video.models.prior import Prior, PriorConfig
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
 from dalle2_video.models.video_clip import TextEncoding, VideoCLIP, VideoCLIPConfig
+from dalle2_video.models.whitening import Whitening
 
 Progress = Callable[[], None]
 
@@ -64,6 +65,7 @@ class SampleConfig:
 
 def sample_embeddings(
     prior: Callable[..., Tensor],
+    whiten: Whitening,
     diffusion: DiffusionConfig,
     text: TextEncoding,
     counters: Tensor,
@@ -71,8 +73,8 @@ def sample_embeddings(
 ) -> Tensor:
     """Video embeddings (B, D), l2-normalised as in the cache; counters (B,) key the noise.
 
-    Draws `prior_draws` per text with DDIM and keeps the one with the largest dot product with the
-    text embedding (Ramesh et al. 2022, section 2.2).
+    whiten: the space that the prior works in. Draws `prior_draws` per text with DDIM and keeps the
+    one with the largest dot product with the text embedding (Ramesh et al. 2022, section 2.2).
     """
     batch, dim = text.embedding.shape
     device = text.embedding.device
@@ -93,7 +95,7 @@ def sample_embeddings(
     z = keyed.randn((draws, dim), config.seed, counters, "prior", device)
     denoise = guided(denoiser(both, diffusion.prediction), config.prior_guidance_scale)
     x0 = ddim(denoise, z, diffusion.schedule.steps(config.prior_steps, device))
-    embeddings = torch.nn.functional.normalize(x0, dim=-1)
+    embeddings = torch.nn.functional.normalize(whiten.inverse(x0), dim=-1)
     nearest = torch.einsum("bkd,bd->bk", embeddings, text.embedding).argmax(1)
     return embeddings[torch.arange(batch, device=device), nearest]
 
@@ -161,7 +163,9 @@ def load_unet(path: Path, name: str) -> tuple[Unet3D, DiffusionConfig, LoadedMod
     """A U-Net of a run with its diffusion settings, on the CPU, in eval mode."""
     loaded = load_model(path, name)
     config = loaded.config
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()}
+    sizes: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()
+    }
     unet = Unet3D(UnetConfig(**sizes), config["embedding_dim"], config["text_dim"])
     load_weights(unet, loaded)
     return unet.eval().requires_grad_(False), DiffusionConfig(**config["diffusion"]), loaded
@@ -254,12 +258,12 @@ class Cascade:
         for start in range(0, len(texts), config.batch_size):
             part = texts[start : start + config.batch_size]
             counters = torch.arange(first + start, first + start + len(part))
+            text = self.encode(part)  # in float32, as in training
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                text = self.encode(part)
                 embedding = sample_embeddings(
-                    self.prior, self.prior_diffusion, text, counters, config
+                    self.prior, self.prior.whiten, self.prior_diffusion, text, counters, config
                 )
-                condition = Condition.of(embedding, text.states.float(), text.mask, text.embedding)
+                condition = Condition.of(embedding, text.states, text.mask, text.embedding)
                 video = sample_clips(
                     self.base,
                     self.base.config.clip_shape,

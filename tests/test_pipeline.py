@@ -146,7 +146,12 @@ def test_prior_and_cache_have_one_scale(run_dir, cascade) -> None:
     cache = EmbeddingCache.load(run_dir / "clip" / "embeddings.safetensors", None)
     text = cascade.encode(["a man smiles", "a woman nods. Dim light."])
     drawn = sample_embeddings(
-        cascade.prior, cascade.prior_diffusion, text, torch.arange(2), SampleConfig(prior_steps=3)
+        cascade.prior,
+        cascade.prior.whiten,
+        cascade.prior_diffusion,
+        text,
+        torch.arange(2),
+        SampleConfig(prior_steps=3),
     )
     torch.testing.assert_close(drawn.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(cache.embeddings.norm(dim=1), torch.ones(len(cache.keys)))

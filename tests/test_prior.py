@@ -7,6 +7,7 @@ from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.generate import SampleConfig, sample_embeddings
 from dalle2_video.models.prior import Prior, PriorConfig, attention_mask
 from dalle2_video.models.video_clip import TextEncoding
+from dalle2_video.models.whitening import Whitening
 from tests.test_unet3d import awake
 
 CONFIG = PriorConfig(width=32, layers=2, heads=2, noise_draws=3)
@@ -74,8 +75,9 @@ def test_sampling_keeps_the_nearer_of_the_draws_and_is_keyed() -> None:
         return z
 
     counters = torch.arange(4)
+    whiten = Whitening(embedding.shape[1])
     sample = lambda n: sample_embeddings(  # noqa: E731
-        identity, diffusion, encoding, counters, SampleConfig(prior_draws=n, prior_steps=2)
+        identity, whiten, diffusion, encoding, counters, SampleConfig(prior_draws=n, prior_steps=2)
     )
     two, four = sample(2), sample(4)
     torch.testing.assert_close(two.norm(dim=-1), torch.ones(4))
@@ -84,6 +86,6 @@ def test_sampling_keeps_the_nearer_of_the_draws_and_is_keyed() -> None:
     torch.testing.assert_close(sample(2), two)
     half = TextEncoding(embedding[2:], text[2:], mask[2:])
     alone = sample_embeddings(
-        identity, diffusion, half, counters[2:], SampleConfig(prior_draws=2, prior_steps=2)
+        identity, whiten, diffusion, half, counters[2:], SampleConfig(prior_draws=2, prior_steps=2)
     )
     torch.testing.assert_close(alone, two[2:])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dalle2_video.models.attention import attend
 from dalle2_video.models.layers import LogSNREmbedding, zero_init
+from dalle2_video.models.whitening import Examples, Whitening
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,20 @@ class PriorBlock(nn.Module):
 class Prior(nn.Module):
     """(noised embeddings, log-SNR, text) -> predicted embeddings; starts at a text-free constant.
 
-    Embeddings go in and come out in the scale of unit variance per dimension (norm sqrt(D)); the
-    text embedding comes as it is in the cache, with norm 1. Cost: quadratic in N + 1 + 3 K.
+    Noised embeddings go in and predictions come out whitened (`whiten`, unit variance in every
+    direction: open code's scaling, so that the loss minds small directions too); text comes as the
+    text tower makes it. Cost: quadratic in N + 1 + 3 K.
     """
 
     def __init__(self, config: PriorConfig, embedding_dim: int, text_dim: int) -> None:
         super().__init__()
         width = config.width
         self.config = config
-        self.scale = embedding_dim**0.5
-        self.null_text = nn.Parameter(torch.randn(text_dim) * 0.5)
-        self.null_embedding = nn.Parameter(torch.randn(embedding_dim) / self.scale)
+        self.whiten = Whitening(embedding_dim)
+        self.whiten_text = Whitening(text_dim)
+        self.whiten_text_embedding = Whitening(embedding_dim)
+        self.null_text = nn.Parameter(torch.randn(text_dim))
+        self.null_embedding = nn.Parameter(torch.randn(embedding_dim))
         self.text = nn.Linear(text_dim, width)
         self.text_embedding = nn.Linear(embedding_dim, width)
         self.log_snr = LogSNREmbedding(width)
@@ -85,6 +89,12 @@ class Prior(nn.Module):
         self.blocks = nn.ModuleList(PriorBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, embedding_dim)
+
+    def fit(self, examples: Examples) -> None:
+        """Whiten by these embeddings and states from now on."""
+        self.whiten.fit(examples.video)
+        self.whiten_text.fit(examples.states)
+        self.whiten_text_embedding.fit(examples.text)
 
     def forward(
         self,
@@ -100,9 +110,10 @@ class Prior(nn.Module):
         (batch, draws), tokens = log_snr.shape, text.shape[1]
         keep = keep_text[:, None]
         first = torch.arange(tokens, device=text.device) == 0
-        text = torch.where(keep[..., None], text, self.null_text)
+        text = torch.where(keep[..., None], self.whiten_text(text), self.null_text)
         text_mask = torch.where(keep, text_mask, first)
-        text_embedding = torch.where(keep, text_embedding, self.null_embedding) * self.scale
+        text_embedding = self.whiten_text_embedding(text_embedding)
+        text_embedding = torch.where(keep, text_embedding, self.null_embedding)
 
         prefix = torch.cat([self.text(text), self.text_embedding(text_embedding)[:, None]], dim=1)
         query = self.query.expand(batch, draws, -1)

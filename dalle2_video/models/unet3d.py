@@ -11,7 +11,7 @@ B batch, F frames, H W, C channels, N text tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from dalle2_video.models.layers import (
     space_to_channels,
     zero_init,
 )
+from dalle2_video.models.whitening import Examples, Whitening
 
 
 @dataclass(frozen=True)
@@ -117,36 +118,49 @@ class ConditionEncoder(nn.Module):
         super().__init__()
         dim = config.cond_dim
         self.tokens = config.embedding_tokens
-        self.scale = embedding_dim**0.5  # a unit vector becomes one of unit variance
+        self.whiten_embedding = Whitening(embedding_dim, floor=1.0)
+        self.whiten_text = Whitening(text_dim)
+        self.whiten_text_embedding = Whitening(embedding_dim, floor=1.0)
         self.log_snr = LogSNREmbedding(dim)
-        self.null_embedding = nn.Parameter(torch.randn(embedding_dim) / self.scale)
-        self.null_text = nn.Parameter(torch.randn(text_dim) * 0.5)
-        self.null_text_embedding = nn.Parameter(torch.randn(embedding_dim) / self.scale)
+        self.null_embedding = nn.Parameter(torch.randn(embedding_dim))
+        self.null_text = nn.Parameter(torch.randn(text_dim))
+        self.null_text_embedding = nn.Parameter(torch.randn(embedding_dim))
         self.embedding = nn.Linear(embedding_dim, dim)
         self.text_embedding = nn.Linear(embedding_dim, dim)
         self.embedding_to_tokens = nn.Linear(embedding_dim, self.tokens * dim)
         self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.pool_score = nn.Linear(dim, 8)
+        self.pool_norm = nn.LayerNorm(dim)
         self.pool = nn.Linear(8 * dim, dim)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
+    def fit(self, examples: Examples) -> None:
+        """Whiten by these embeddings and states from now on."""
+        self.whiten_embedding.fit(examples.video)
+        self.whiten_text.fit(examples.states)
+        self.whiten_text_embedding.fit(examples.text)
+
     def forward(self, log_snr: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
         embedding = torch.where(
-            condition.keep_embedding[:, None], condition.embedding, self.null_embedding
+            condition.keep_embedding[:, None],
+            self.whiten_embedding(condition.embedding),
+            self.null_embedding,
         )
-        embedding = embedding * self.scale
         whole = torch.where(
-            condition.keep_text[:, None], condition.text_embedding, self.null_text_embedding
+            condition.keep_text[:, None],
+            self.whiten_text_embedding(condition.text_embedding),
+            self.null_text_embedding,
         )
         # a dropped text is one null token
         first = torch.arange(condition.text.shape[1], device=log_snr.device) == 0
         keep = condition.keep_text[:, None]
-        text = self.text(torch.where(keep[..., None], condition.text, self.null_text))
+        states = self.whiten_text(condition.text)
+        text = self.text(torch.where(keep[..., None], states, self.null_text))
         mask = torch.where(keep, condition.text_mask, first)
 
         score = self.pool_score(text).masked_fill(~mask[..., None], float("-inf")).softmax(1)
-        pooled = torch.einsum("bnk,bnd->bkd", score, text).flatten(1)
-        says = self.text_embedding(whole * self.scale) + self.pool(pooled)
+        pooled = self.pool_norm(torch.einsum("bnk,bnd->bkd", score, text)).flatten(1)
+        says = self.text_embedding(whole) + self.pool(pooled)
         cond = self.mlp(self.log_snr(log_snr) + self.embedding(embedding) + says)
 
         extra = self.embedding_to_tokens(embedding).unflatten(-1, (self.tokens, -1))
@@ -222,7 +236,7 @@ class Unet3D(nn.Module):
         x = x + self.frame_position(frame)[None, :, None, None]
         skips = [x]
         for level, blocks in enumerate(self.down):
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 x = block(x, cond, tokens, mask)
                 skips.append(x)
             if level < len(self.downsample):
@@ -230,7 +244,7 @@ class Unet3D(nn.Module):
                 skips.append(x)
         x = self.middle(x, cond, tokens, mask)
         for level, blocks in enumerate(self.up):
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 x = block(torch.cat([x, skips.pop()], dim=-1), cond, tokens, mask)
             if level < len(self.upsample):
                 x = self.upsample[level](x)

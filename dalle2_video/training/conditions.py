@@ -21,7 +21,9 @@ from dalle2_video.data.embeddings import EmbeddingCache
 from dalle2_video.data.store import ClipStore
 from dalle2_video.generate import load_clip
 from dalle2_video.models.video_clip import TextEncoding, VideoCLIP
+from dalle2_video.models.whitening import Examples
 
+EXAMPLES, EXAMPLES_BATCH = 2048, 64
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -33,6 +35,20 @@ class Conditions:
     clip_hash: str
     train_set: CelebVTextDataset
     val_set: CelebVTextDataset
+
+    def examples(self) -> Examples:
+        """What training meets first: the sample that whitening is fitted to."""
+        data = self.train_set
+        still = CelebVTextDataset(
+            data.store, data.name, data.seed, data.captions, data.embeddings, load_frames=False
+        )
+        encode, parts = TextEncoder(self.clip), []
+        for start in range(0, min(EXAMPLES, 4 * len(data)), EXAMPLES_BATCH):
+            batch = still.collate([still.pointer(start + i) for i in range(EXAMPLES_BATCH)])
+            text = encode(batch)
+            assert batch.embeddings is not None
+            parts.append(Examples(batch.embeddings, text.embedding, text.states[text.mask]))
+        return Examples(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def load_conditions(

@@ -106,9 +106,11 @@ def decoder_stage(
         return [Sample(c, f, fps) for c, f in zip(captions, frames, strict=True)]
 
     torch.manual_seed(keyed.key(seed, 0, f"{name}/init"))
+    unet = Unet3D(section.model, clip.embed_dim, clip.text_width)
+    unet.condition.fit(conditions.examples())
     return Stage(
         name=name,
-        model=Unet3D(section.model, clip.embed_dim, clip.text_width),
+        model=unet,
         objective=objective,
         train_set=conditions.train_set,
         val_set=conditions.val_set,

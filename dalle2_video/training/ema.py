@@ -40,7 +40,7 @@ class Ema:
         decay = ema_decay(clips, batch, self.halflife_clips, self.rampup)
         averages = [self.average[n] for n in self.shards.trainable]
         weights = [self.shards.local(n) for n in self.shards.trainable]
-        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)  # pyright: ignore
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -89,7 +89,7 @@ class Wandb:
         self.run.finish()
 
 
-def wandb_mode(run: RunConfig) -> str:
+def wandb_mode(run: RunConfig) -> Any:
     """online | offline | disabled: the configuration's word, else WANDB_MODE, else online."""
     return run.wandb_mode or os.environ.get("WANDB_MODE") or "online"
 

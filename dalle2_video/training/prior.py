@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,15 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
     """The stage "prior": MSE on the embedding itself, K noise levels per text."""
     clip, diffusion, draws = conditions.clip, section.diffusion, section.model.noise_draws
     encode = TextEncoder(clip)
+    torch.manual_seed(keyed.key(seed, 0, "prior/init"))
+    prior = Prior(section.model, clip.embed_dim, clip.text_width)
+    prior.fit(conditions.examples())
+    whiten = deepcopy(prior.whiten)  # outside of what a trainer may wrap
 
     def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
         assert batch.embeddings is not None
         text = encode(batch)
-        x0 = (batch.embeddings * clip.embed_dim**0.5)[:, None].expand(-1, draws, -1)
+        x0 = whiten.to(step.device)(batch.embeddings)[:, None].expand(-1, draws, -1)
         counters = step.counters[:, None] * draws + torch.arange(draws)
         t = draw_times(step.seed, counters.flatten(), "prior").to(step.device)
         eps = keyed.randn(x0.shape[1:], step.seed, step.counters, "prior/noise").to(step.device)
@@ -66,16 +71,16 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
             batch = cpu_batch.to(accelerator.device)
             step = StepInfo(batch.counters, 0, accelerator.device, accelerator)
             total += float(objective(model, batch, step).loss) * len(batch)
-            drawn = sample_embeddings(model, diffusion, encode(batch), batch.counters, config)
+            text = encode(batch)
+            drawn = sample_embeddings(model, whiten, diffusion, text, batch.counters, config)
             assert batch.embeddings is not None
             cosines += float((drawn * batch.embeddings).sum())
             count += len(batch)
         return {"loss": total / count, "cosine_to_video": cosines / count}
 
-    torch.manual_seed(keyed.key(seed, 0, "prior/init"))
     return Stage(
         name="prior",
-        model=Prior(section.model, clip.embed_dim, clip.text_width),
+        model=prior,
         objective=objective,
         train_set=conditions.train_set,
         val_set=conditions.val_set,

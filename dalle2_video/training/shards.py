@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Shards(ABC):
@@ -113,7 +113,7 @@ class DTensorShards(Shards):
     def scatter(self, name: str, full: Tensor) -> Tensor:
         own = self._dtensor(name)
         full = full.to(own.device_mesh.device_type)
-        parts = torch.distributed.tensor.distribute_tensor(full, own.device_mesh, own.placements)
+        parts = distribute_tensor(full, own.device_mesh, own.placements)
         return parts.to_local().detach().to(own.to_local().device, copy=True)
 
     def write(self, shards: dict[str, Tensor]) -> None:
@@ -210,7 +210,7 @@ def shards_of(accelerator: Accelerator, model: nn.Module) -> Shards:
     """The shards of a model that `accelerator.prepare` returned."""
     module = cast(nn.Module, accelerator.unwrap_model(model))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
+        stage = cast(Any, accelerator.state.deepspeed_plugin).zero_stage
         if stage == 3:
             return Zero3Shards(module, cast(Any, model).optimizer)
         return Zero12Shards(module) if stage else WholeShards(module)
