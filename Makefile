@@ -20,9 +20,10 @@ install: $(STAMP)  ## the virtual environment with the pinned requirements
 demo: $(STAMP)  ## the whole path on rendered faces: data to samples (MINUTES=20)
 	$(BIN)/python demo.py --minutes $(MINUTES)
 
-test: $(STAMP)  ## lint and the default tests (below 10 minutes on 2 cores)
+test: $(STAMP)  ## lint, types and the default tests (below 10 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)  ## the tests that take minutes

@@ -1,8 +1,10 @@
 """Measure a run by its samples: figures as JSON, samples as mp4 and a contact sheet.
 
-python evaluate.py train_name=run1                                     # embedded data: attributes
-of `combo` python evaluate.py train_name=run1 evaluate.metric=nearest evaluate.split=train   #
-overfitted real clips
+    python evaluate.py train_name=run1
+    python evaluate.py train_name=run1 evaluate.metric=nearest evaluate.split=train
+
+The first reads the attributes that the captions of `combo` name (embedded data); the second asks
+whether the samples of an overfitted run show their own clips.
 """
 
 import json

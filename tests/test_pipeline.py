@@ -1,7 +1,10 @@
 """The joints, with the real scripts on small real data: preprocess, CLIP, prior, base, sample."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -22,6 +25,7 @@ from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError
 from dalle2_video.data.video import to_float
 from dalle2_video.generate import Cascade, SampleConfig, load_clip, read_texts, sample_embeddings
 from dalle2_video.training.conditions import draw_times, keep_masks, load_conditions
+from dalle2_video.training.log import read_metrics
 from dalle2_video.training.setup import store_of
 from dalle2_video.training.stage import ConfigError
 
@@ -118,6 +122,40 @@ def test_the_same_command_again_changes_nothing(configure, run_dir) -> None:
     train_clip.main(configure())
     train_decoder.main(configure())
     assert before == {s: file_hash(run_dir / s / "model.safetensors") for s in STAGES}
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_the_decoder_trains_sharded_over_two_processes(configure, run_dir, strategy) -> None:
+    """`accelerate launch ... train_decoder.py`: the losses and the weights of one process."""
+    cfg = configure(run=strategy)
+    other = Path(cfg.run_dir)
+    shutil.copytree(run_dir / "clip", other / "clip")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += ["--config_file", f"configs/accelerate/{strategy}.yaml", "--main_process_port", "0"]
+    places = [f"data.root={cfg.data.root}", f"run_dir={cfg.run_dir}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "train_decoder.py", *SMALL, *places],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+    def losses(folder: Path) -> list[float]:
+        lines = read_metrics(folder / "base" / "metrics.jsonl")
+        return [line[name] for line in lines for name in ("loss", "val/loss") if name in line]
+
+    alone, together = losses(run_dir), losses(other)
+    assert len(alone) > 1
+    assert together == pytest.approx(alone, rel=1e-3)
+    weights = load_file(run_dir / "base" / "model.safetensors")
+    sharded = load_file(other / "base" / "model.safetensors")
+    assert weights.keys() == sharded.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(sharded[name], tensor, atol=2e-3, rtol=0.05, msg=name)
 
 
 def test_metrics_are_written_by_clips(run_dir) -> None:

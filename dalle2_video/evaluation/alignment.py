@@ -62,6 +62,8 @@ def alignment(
     shuffled = {name: value[order] for name, value in targets.items()}
     figures = flat("attribute", score(predictions, targets))
     figures["attribute_accuracy_shuffled"] = score(predictions, shuffled).mean
+    # what perfect clips would score against those other captions: chance, for the line above
+    figures["attribute_chance_shuffled"] = score(targets, shuffled).mean
     light = {name: rule.predict(frames) for name, rule in probe.light.items()}
     figures |= flat("light_rule", score(light, targets), chance=False)
     if real is not None:

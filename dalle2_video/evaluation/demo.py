@@ -147,7 +147,12 @@ class Demo:
             Row(
                 "sampling", minutes["evaluation"], accuracy, f"{100 * f['attribute_chance']:.1f} %"
             ),
-            Row("  shuffled captions", 0.0, f"{100 * f['attribute_accuracy_shuffled']:.1f} %", ""),
+            Row(
+                "  shuffled captions",
+                0.0,
+                f"{100 * f['attribute_accuracy_shuffled']:.1f} %",
+                f"{100 * f['attribute_chance_shuffled']:.1f} %",
+            ),
             Row("  real clips", 0.0, f"{100 * f['ceiling_accuracy']:.1f} %", ""),
             Row("total", f["minutes_total"], f"peak {f['peak_memory_gigabytes']:.1f} GB", ""),
         ]

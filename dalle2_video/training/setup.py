@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
 from dalle2_video.data.config import DataConfig, open_store
@@ -28,7 +29,8 @@ def run_config(cfg: DictConfig, stage: str) -> RunConfig:
     """Where and how a stage runs; also writes the resolved configuration beside its checkpoints."""
     folder = Path(cfg.run_dir) / stage
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    if PartialState().is_main_process:
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     return RunConfig(
         dir=str(folder),
         seed=cfg.seed,
