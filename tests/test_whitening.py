@@ -22,7 +22,7 @@ def test_every_direction_gets_about_unit_variance_and_comes_back() -> None:
     y = whiten(x)
     torch.testing.assert_close(y.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
     variances = torch.linalg.eigvalsh(y.T @ y / len(y))
-    assert 0.75 < variances.min() and variances.max() < 1.0  # the floor takes a little
+    assert 0.75 < variances.min() and variances.max() < 1.01  # the floor takes a little
     torch.testing.assert_close(whiten.inverse(y), x, atol=1e-4, rtol=0)
 
 

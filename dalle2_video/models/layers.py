@@ -45,11 +45,14 @@ def zero_init(module: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
 
 
 class SpatialConv(nn.Conv2d):
-    """A 1 x k x k convolution on (B, F, H, W, C); VDM, section 3."""
+    """A 1 x k x k convolution on (B, F, H, W, C); VDM, section 3.
+
+    The weight stays contiguous: DeepSpeed (0.19) cannot broadcast a channels-last one, and on a CPU
+    it makes no difference to the speed.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3) -> None:
         super().__init__(dim_in, dim_out, kernel, padding=kernel // 2)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, frames = x.shape[:2]

@@ -38,6 +38,7 @@ from dalle2_video.generate import load_clip
 from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConfig
 from dalle2_video.models.video_clip import ClipOutput, VideoCLIP, VideoCLIPConfig
 from dalle2_video.models.vivit import VideoTowerConfig
+from dalle2_video.training.environment import process_state
 from dalle2_video.training.stage import ConfigError, Loss, Stage, StepInfo, TrainConfig
 
 EVAL_BATCH = 64
@@ -222,7 +223,7 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
 
     Raises ConfigError where the clips of the data have another size, or with accumulation.
     """
-    refuse_accumulation(section.train, PartialState().num_processes)
+    refuse_accumulation(section.train, process_state().num_processes)
     data, video = store.settings, section.model.video
     if (data.size, data.num_frames) != (video.image_size, video.num_frames):
         raise ConfigError(

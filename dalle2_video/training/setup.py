@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
 from dalle2_video.data.config import DataConfig, open_store
 from dalle2_video.data.store import ClipStore
 from dalle2_video.generate import SampleConfig
+from dalle2_video.training.environment import process_state
 from dalle2_video.training.stage import RunConfig, from_config
 
 
@@ -29,7 +29,7 @@ def run_config(cfg: DictConfig, stage: str) -> RunConfig:
     """Where and how a stage runs; also writes the resolved configuration beside its checkpoints."""
     folder = Path(cfg.run_dir) / stage
     folder.mkdir(parents=True, exist_ok=True)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     return RunConfig(
         dir=str(folder),
