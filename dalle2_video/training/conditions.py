@@ -22,8 +22,9 @@ from dalle2_video.data.store import ClipStore
 from dalle2_video.generate import load_clip
 from dalle2_video.models.video_clip import TextEncoding, VideoCLIP
 from dalle2_video.models.whitening import Examples
+from dalle2_video.training.environment import process_state
 
-EXAMPLES, EXAMPLES_BATCH = 2048, 64
+EXAMPLES, EXAMPLES_BATCH = 1024, 64
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -42,12 +43,13 @@ class Conditions:
         still = CelebVTextDataset(
             data.store, data.name, data.seed, data.captions, data.embeddings, load_frames=False
         )
-        encode, parts = TextEncoder(self.clip), []
+        encode, device, parts = TextEncoder(self.clip), process_state().device or "cpu", []
         for start in range(0, min(EXAMPLES, 4 * len(data)), EXAMPLES_BATCH):
             batch = still.collate([still.pointer(start + i) for i in range(EXAMPLES_BATCH)])
-            text = encode(batch)
+            text = encode(batch.to(device))
             assert batch.embeddings is not None
-            parts.append(Examples(batch.embeddings, text.embedding, text.states[text.mask]))
+            states = text.states[text.mask].cpu()
+            parts.append(Examples(batch.embeddings, text.embedding.cpu(), states))
         return Examples(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
