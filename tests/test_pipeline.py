@@ -124,18 +124,21 @@ def test_the_same_command_again_changes_nothing(configure, run_dir) -> None:
     assert before == {s: file_hash(run_dir / s / "model.safetensors") for s in STAGES}
 
 
-@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
-def test_the_decoder_trains_sharded_over_two_processes(configure, run_dir, strategy) -> None:
-    """`accelerate launch ... train_decoder.py`: the losses and the weights of one process."""
-    cfg = configure(run=strategy)
+@pytest.mark.parametrize(
+    ("stage", "strategy"), [("base", "zero3"), ("base", "fsdp2"), ("clip", "zero3")]
+)
+def test_a_stage_trains_sharded_over_two_processes(configure, run_dir, stage, strategy) -> None:
+    """`accelerate launch ... train_<stage>.py`: the losses and the weights of one process."""
+    cfg = configure(run=f"{stage}_{strategy}")
     other = Path(cfg.run_dir)
-    shutil.copytree(run_dir / "clip", other / "clip")
+    if stage != "clip":
+        shutil.copytree(run_dir / "clip", other / "clip")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     command += ["--config_file", f"configs/accelerate/{strategy}.yaml", "--main_process_port", "0"]
     places = [f"data.root={cfg.data.root}", f"run_dir={cfg.run_dir}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, "train_decoder.py", *SMALL, *places],
+        [*command, str(STAGES[stage][0].__file__), *SMALL, *places],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -145,14 +148,14 @@ def test_the_decoder_trains_sharded_over_two_processes(configure, run_dir, strat
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
     def losses(folder: Path) -> list[float]:
-        lines = read_metrics(folder / "base" / "metrics.jsonl")
+        lines = read_metrics(folder / stage / "metrics.jsonl")
         return [line[name] for line in lines for name in ("loss", "val/loss") if name in line]
 
     alone, together = losses(run_dir), losses(other)
-    assert len(alone) > 1
+    assert alone
     assert together == pytest.approx(alone, rel=1e-3)
-    weights = load_file(run_dir / "base" / "model.safetensors")
-    sharded = load_file(other / "base" / "model.safetensors")
+    weights = load_file(run_dir / stage / "model.safetensors")
+    sharded = load_file(other / stage / "model.safetensors")
     assert weights.keys() == sharded.keys()
     for name, tensor in weights.items():
         torch.testing.assert_close(sharded[name], tensor, atol=2e-3, rtol=0.05, msg=name)

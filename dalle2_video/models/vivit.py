@@ -123,7 +123,7 @@ class ConvTubelets(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
             layers += [nn.GroupNorm(1, after), nn.GELU()]
-        self.convs = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.convs = nn.Sequential(*layers)
         self.project = nn.Linear(self.tubelet * widths[-1], config.width)
 
     def forward(self, video: Tensor) -> Tensor:
