@@ -31,6 +31,7 @@ from dalle2_video.training.stage import ConfigError
 
 ROOT = Path(__file__).parent.parent
 STEPS = ["batch_size=8", "clips=32", "warmup_clips=8", "save_every_clips=16", "workers=0"]
+STEPS += ["optimizer=adamw"]  # the one that runs sharded
 STAGES = {"clip": (train_clip, "clip"), "prior": (train_prior, "prior")}
 STAGES |= {"base": (train_decoder, "unets.base")}
 SMALL = [

@@ -113,6 +113,7 @@ def test_parameter_that_cannot_be_split_is_refused():
         {"ema_halflife_clips": None, "lr_schedule": "constant"},
         {"ema_halflife_clips": 16.0, "lr_schedule": "constant"},
         {"ema_halflife_clips": 16.0, "lr_schedule": "cosine", "micro_batch_size": 2},
+        {"optimizer": "muon"},
     ],
 )
 def test_resume_after_step_2_of_4_gives_the_same_bits(tmp_path, changes):

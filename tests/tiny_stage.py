@@ -98,6 +98,7 @@ def tiny_config(**changes) -> TrainConfig:
         lr=0.01,
         warmup_clips=16,
         lr_schedule="cosine",
+        optimizer="adamw",
         weight_decay=0.1,
         betas=(0.9, 0.99),
         grad_clip=1.0,

@@ -18,7 +18,7 @@ import torch
 
 from dalle2_video.evaluation.page import write_page
 
-SHARES = {"clip": 0.22, "prior": 0.09, "base": 0.69}  # of the minutes that are left for training
+SHARES = {"clip": 0.15, "prior": 0.10, "base": 0.75}  # of the minutes that are left for training
 RESERVE = {"script": 0.25, "evaluation": 1.8}  # minutes: a script's start, sampling and judging
 SAMPLES = 64
 

@@ -61,7 +61,9 @@ class SpatialConv(nn.Conv2d):
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm over channels, scaled and shifted by a condition (B, cond_dim)."""
+    """Layer norm over channels of (B, F, H, W, C), scaled and shifted by a condition of each frame
+    (B, F, cond_dim).
+    """
 
     def __init__(self, dim: int, cond_dim: int) -> None:
         super().__init__()
@@ -69,10 +71,8 @@ class AdaptiveNorm(nn.Module):
         self.to_scale_shift = zero_init(nn.Linear(cond_dim, 2 * dim))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        scale, shift = self.to_scale_shift(cond).chunk(2, dim=-1)
-        shape = (x.shape[0], *([1] * (x.ndim - 2)), self.dim)
-        x = F.layer_norm(x, (self.dim,))
-        return torch.addcmul(shift.reshape(shape), x, 1 + scale.reshape(shape))
+        scale, shift = self.to_scale_shift(cond)[:, :, None, None].chunk(2, dim=-1)
+        return torch.addcmul(shift, F.layer_norm(x, (self.dim,)), 1 + scale)
 
 
 class ResBlock(nn.Module):

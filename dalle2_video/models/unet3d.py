@@ -3,8 +3,10 @@
 Source: Ho et al. 2022 (2204.03458) section 3; conditions as in DALL-E 2 (Ramesh et al. 2022,
 section 2.1): the video embedding is added to the time embedding and given as extra tokens, text by
 cross attention. Deviations: layer norm over channels in place of group norm; a pixel-unshuffle stem
-(patch); an embedding of the frame's place in the clip is added behind the stem; the text's own
-embedding and its pooled states join the time embedding (GLIDE; Imagen, Saharia et al. 2022).
+(patch); an embedding of the frame's place in the clip is added behind the stem and to the time
+embedding, so that each frame has a condition of its own (what a caption says of a course of events
+differs by frame); the text's own embedding and its pooled states join the time embedding (GLIDE;
+Imagen, Saharia et al. 2022).
 B batch, F frames, H W, C channels, N text tokens.
 """
 
@@ -31,6 +33,8 @@ from dalle2_video.models.layers import (
     zero_init,
 )
 from dalle2_video.models.whitening import Examples, Whitening
+
+FRAME_DIM = 32  # sines and cosines of a frame's place in the clip
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,8 @@ class Condition(NamedTuple):
 
 
 class ConditionEncoder(nn.Module):
-    """Condition and log-SNR -> (B, cond_dim) for the norms and tokens (B, M + N, cond_dim) with
-    mask.
+    """Condition, log-SNR and embedding of the frames' places (F, 32) -> (B, F, cond_dim) for the
+    norms and tokens (B, M + N, cond_dim) with mask.
     """
 
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
@@ -132,6 +136,7 @@ class ConditionEncoder(nn.Module):
         self.pool_score = nn.Linear(dim, 8)
         self.pool_norm = nn.LayerNorm(dim)
         self.pool = nn.Linear(8 * dim, dim)
+        self.frame = nn.Linear(FRAME_DIM, dim)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def fit(self, examples: Examples) -> None:
@@ -140,7 +145,9 @@ class ConditionEncoder(nn.Module):
         self.whiten_text.fit(examples.states)
         self.whiten_text_embedding.fit(examples.text)
 
-    def forward(self, log_snr: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, log_snr: Tensor, frames: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
         embedding = torch.where(
             condition.keep_embedding[:, None],
             self.whiten_embedding(condition.embedding),
@@ -161,7 +168,8 @@ class ConditionEncoder(nn.Module):
         score = self.pool_score(text).masked_fill(~mask[..., None], float("-inf")).softmax(1)
         pooled = self.pool_norm(torch.einsum("bnk,bnd->bkd", score, text)).flatten(1)
         says = self.text_embedding(whole) + self.pool(pooled)
-        cond = self.mlp(self.log_snr(log_snr) + self.embedding(embedding) + says)
+        clip = self.log_snr(log_snr) + self.embedding(embedding) + says
+        cond = self.mlp(clip[:, None] + self.frame(frames))
 
         extra = self.embedding_to_tokens(embedding).unflatten(-1, (self.tokens, -1))
         tokens = torch.cat([extra.to(text.dtype), text], dim=1)
@@ -189,8 +197,11 @@ class Unet3D(nn.Module):
     """Noisy clip, log-SNR and condition -> prediction of the clip's shape.
 
     Starts by predicting zero. Cost: attention is quadratic in H W within a frame and in F across
-    frames, never in F H W. Runs at any number of frames.
+    frames, never in F H W. Runs at any number of frames. ends: layers that an optimizer of matrices
+    leaves alone (training/optimizer.py).
     """
+
+    ends = ("stem", "out", "condition.pool_score")
 
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
         super().__init__()
@@ -200,7 +211,7 @@ class Unet3D(nn.Module):
         patch_dim = config.channels * config.patch**2
         self.condition = ConditionEncoder(config, embedding_dim, text_dim)
         self.stem = SpatialConv(patch_dim, dims[0])
-        self.frame_position = nn.Linear(32, dims[0])
+        self.frame_position = nn.Linear(FRAME_DIM, dims[0])
         self.down = nn.ModuleList()
         self.downsample = nn.ModuleList()
         skips = [dims[0]]
@@ -230,10 +241,10 @@ class Unet3D(nn.Module):
 
     def forward(self, z: Tensor, log_snr: Tensor, condition: Condition) -> Tensor:
         """z (B, C, F, H, W), log_snr (B,) -> (B, C, F, H, W) in the dtype of z."""
-        cond, tokens, mask = self.condition(log_snr, condition)
+        frames = sinusoidal(torch.arange(z.shape[2], device=z.device), FRAME_DIM, 100.0)
+        cond, tokens, mask = self.condition(log_snr, frames, condition)
         x = self.stem(space_to_channels(z.permute(0, 2, 3, 4, 1), self.config.patch))
-        frame = sinusoidal(torch.arange(z.shape[2], device=z.device), 32, 100.0)
-        x = x + self.frame_position(frame)[None, :, None, None]
+        x = x + self.frame_position(frames)[None, :, None, None]
         skips = [x]
         for level, blocks in enumerate(self.down):
             for block in cast(nn.ModuleList, blocks):

@@ -36,6 +36,11 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     world = process_state().num_processes
     micro, steps = share_out(cfg, world)
     deepspeed = _launched_with("DEEPSPEED")
+    if cfg.optimizer == "muon" and (deepspeed or _launched_with("FSDP")):
+        raise ConfigError(
+            "optimizer=muon needs whole matrices, and DeepSpeed and FSDP split them: "
+            "set train.optimizer=adamw, and a learning rate for it"
+        )
     accelerator = Accelerator(
         mixed_precision="no" if deepspeed else run.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(

@@ -1,4 +1,6 @@
-"""AdamW over every trainable parameter, and the learning rate as a pure function of progress."""
+"""The optimizer over every trainable parameter, and the learning rate as a pure function of
+progress.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,18 @@ import math
 import torch
 from torch import nn
 
+from dalle2_video.training.muon import Muon
 from dalle2_video.training.stage import TrainConfig
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Every parameter with requires_grad, once: matrices with decay, vectors without.
+
+    `muon` is True in the group of the weights of linear and convolutional layers, without those
+    that the model lists in `ends`: its first and last layers, as Jordan et al. 2024 advise.
+    Embeddings, positions and null values are no maps and stay with AdamW as well.
 
     Raises ValueError when the model has nothing to train, or a parameter without a dimension:
     DeepSpeed (0.19) and FSDP2 cannot split those, so a single number has the shape (1,).
@@ -21,16 +30,26 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad")
+    ends = getattr(model, "ends", ())
+    layers = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS) and name not in ends
+    }
+    maps = [p for p in trainable if id(p) in layers]
+    others = [p for p in trainable if id(p) not in layers]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": maps, "weight_decay": weight_decay, "muon": True},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay, "muon": False},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "muon": False},
     ]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) over `param_groups`."""
-    return torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas)
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) or Muon over `param_groups`."""
+    kind = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
+    return kind(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas)
 
 
 def lr_factor(clips: int, progress: float, warmup_clips: int, schedule: str) -> float:

@@ -96,7 +96,8 @@ class TrainConfig:
     batch_size: clips per optimizer step, all ranks together. micro_batch_size: clips per rank and
     forward pass, None = batch_size / ranks. minutes: None, or a budget of wall-clock minutes (the
     loop with its validation and saves; start-up apart) that rules the schedule and the end
-    instead of `clips`. ema_halflife_clips: None = no EMA; the half-life in use is
+    instead of `clips`. optimizer: muon orthogonalises the updates of matrices and needs them
+    whole (one process or DDP). ema_halflife_clips: None = no EMA; the half-life in use is
     min(ema_halflife_clips, ema_rampup * clips seen). *_every_clips: None = only at the end.
     """
 
@@ -107,6 +108,7 @@ class TrainConfig:
     minutes: float | None
     warmup_clips: int
     lr_schedule: Literal["constant", "cosine"]
+    optimizer: Literal["adamw", "muon"]
     weight_decay: float
     betas: tuple[float, float]
     grad_clip: float | None
