@@ -4,8 +4,8 @@
 
 Renders and preprocesses the faces, trains CLIP, prior and decoder within the budget of minutes,
 samples captions of `combo` (attribute combinations that training never saw) and judges them by the
-probe. Writes runs/demo/report.json, samples.mp4, sheet.png and index.html. Started again it
-continues.
+probe. Writes report.json, samples.mp4, sheet.png and index.html into its folder. Started again it
+continues: finished stages are not run again.
 """
 
 import argparse
@@ -18,11 +18,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=20.0, help="budget for everything (20)")
-    parser.add_argument("--run-dir", default="runs/demo")
+    parser.add_argument("--run-dir", help="runs/demo, or runs/demo<minutes> for another budget")
     parser.add_argument("--data", default="data/faces", help="where the faces lie or go")
     parser.add_argument("overrides", nargs="*", help="key=value for all scripts, as in configs/")
     arguments = parser.parse_args()
-    Demo(arguments.minutes, arguments.run_dir, arguments.data, arguments.overrides).run()
+    name = "demo" if arguments.minutes == 20 else f"demo{arguments.minutes:g}"
+    run_dir = arguments.run_dir or f"runs/{name}"
+    Demo(arguments.minutes, run_dir, arguments.data, arguments.overrides).run()
 
 
 if __name__ == "__main__":

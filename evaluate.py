@@ -20,42 +20,49 @@ from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.faces import read_attributes
 from dalle2_video.data.sheet import save_sheet
 from dalle2_video.data.video import encode_mp4
-from dalle2_video.evaluation.alignment import captions_of, evaluate_alignment, nearest_clips
+from dalle2_video.evaluation.alignment import (
+    EvaluateConfig,
+    captions_of,
+    evaluate_alignment,
+    nearest_clips,
+)
 from dalle2_video.evaluation.attributes import load_probe
+from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.generate import Cascade
 from dalle2_video.training.setup import sample_config, store_of
+from dalle2_video.training.stage import from_config
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
+    plan = from_config(EvaluateConfig, cfg.evaluate, "evaluate")
     config, store = sample_config(cfg), store_of(cfg)
-    dataset = CelebVTextDataset(store, cfg.evaluate.split, cfg.seed, CaptionPolicy(drop=False))
+    dataset = CelebVTextDataset(store, plan.split, cfg.seed, CaptionPolicy(drop=False))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision)
-    number = min(cfg.evaluate.clips, len(dataset))
+    number = min(plan.clips, len(dataset))
     steps = cascade.num_steps(number, config)
-    if cfg.evaluate.metric == "attributes":
+    if plan.metric == "attributes":
         attributes = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
         with tqdm(total=2 * steps, desc="sampling", unit="step") as bar:
             figures, captions, frames = evaluate_alignment(
                 cascade, dataset, attributes, load_probe(), number, config, bar.update
             )
-    elif cfg.evaluate.metric == "nearest":
+    else:
         captions = captions_of(dataset, number)
         with tqdm(total=steps, desc="sampling", unit="step") as bar:
             frames = cascade.sample(captions.lines, config, progress=bar.update)
         own = nearest_clips(frames, captions.frames) == torch.arange(number)
         figures = {"samples": float(number), "nearest_is_own_clip": own.float().mean().item()}
-    else:
-        raise ValueError(f"evaluate.metric={cfg.evaluate.metric}: attributes or nearest")
     out = Path(cfg.out or Path(cfg.run_dir) / "evaluation")
     for i, clip in enumerate(frames.numpy()):
         encode_mp4(out / "clips" / f"{i:04d}.mp4", clip, cascade.fps)
     texts = [" ".join(lines) for lines in captions.lines]
     save_sheet(out / "sheet.png", list(frames[:32].numpy()), texts[:32])
     (out / "captions.json").write_text(json.dumps(texts, indent=1))
-    (out / "report.json").write_text(json.dumps(figures, indent=1))
-    print(json.dumps(figures, indent=1), f"\nin {out}")
+    report = figures | provenance() | {"mixed_precision": cfg.mixed_precision}
+    (out / "report.json").write_text(json.dumps(report, indent=1))
+    print(json.dumps(report, indent=1), f"\nin {out}")
 
 
 if __name__ == "__main__":

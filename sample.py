@@ -3,10 +3,12 @@
     python sample.py train_name=run1 text="a man with a beard smiles, warm light from the left"
     python sample.py train_name=run1 file=texts.txt number=2 sample.guidance_scale=4
 
-A text is taken apart at its sentences; nothing of it is cut off.
+A text is taken apart at its sentences; nothing of it is cut off. Without text and file, an example
+is sampled.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import hydra
@@ -17,13 +19,16 @@ from tqdm import tqdm
 from dalle2_video.data.sheet import save_sheet
 from dalle2_video.data.video import encode_mp4
 from dalle2_video.generate import Cascade, read_texts
-from dalle2_video.training.setup import sample_config
+from dalle2_video.training.setup import quote_texts, sample_config
+
+EXAMPLE = "A woman with long blond hair turns left and starts to smile. Warm light from the right."
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
     config = sample_config(cfg)
-    texts = read_texts(cfg.text, cfg.file, cfg.number)
+    example = EXAMPLE if cfg.text is None and cfg.file is None else cfg.text
+    texts = read_texts(example, cfg.file, cfg.number)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision)
     with tqdm(total=cascade.num_steps(len(texts), config), desc="sampling", unit="step") as bar:
@@ -38,4 +43,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_texts(sys.argv[1:])
     main()

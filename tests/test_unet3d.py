@@ -14,7 +14,7 @@ from dalle2_video.models.attention import (
     TemporalAttention,
 )
 from dalle2_video.models.layers import SpatialConv, channels_to_space, space_to_channels
-from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.models.unet3d import Block, Condition, Unet3D, UnetConfig
 
 SMALL = UnetConfig(
     image_size=16, num_frames=4, patch=2, dim=32, mults=(1, 2), head_dim=16, cond_dim=32
@@ -187,3 +187,32 @@ def test_overfits_one_batch() -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.05
+
+
+def test_activation_checkpointing_runs_blocks_again_and_changes_no_gradient() -> None:
+    """PAPERS.md 10, no. 6: gradient checkpointing that matched no module."""
+    z, log_snr, condition = inputs()
+
+    def train(checkpointing: bool) -> tuple[dict[str, torch.Tensor], int, int]:
+        torch.manual_seed(0)
+        net = awake(Unet3D(SMALL, 24, 12)).train()
+        net.activation_checkpointing = checkpointing
+        calls, kept = [], []
+        for module in net.modules():
+            if isinstance(module, Block):
+                module.register_forward_pre_hook(lambda *_: calls.append(1))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (kept.append(t.numel()), t)[1], lambda t: t
+        ):
+            loss = net(z, log_snr, condition).square().sum()
+        held = sum(kept)  # before the backward pass
+        loss.backward()
+        return {n: p.grad for n, p in net.named_parameters()}, len(calls), held
+
+    plain, once, much = train(False)
+    again, twice, little = train(True)
+    blocks = sum(isinstance(m, Block) for m in Unet3D(SMALL, 24, 12).modules())
+    assert (once, twice) == (blocks, 2 * blocks)
+    assert little < 0.3 * much
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient)

@@ -29,6 +29,11 @@ class Embeddings(Protocol):
     def rows(self, keys: Sequence[str], /) -> Tensor: ...
 
 
+def embedding_keys(store: ClipStore) -> list[str]:
+    """The keys of every clip, split by split: the order of a cache of embeddings."""
+    return [store.key(clip) for split in store.splits for clip in store.split(split)]
+
+
 class ClipOrder:
     """counter -> 0 .. num_clips - 1: every clip once per epoch, in a new order each epoch."""
 

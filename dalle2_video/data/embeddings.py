@@ -24,6 +24,7 @@ from torch import Tensor
 
 FORMAT = "dalle2-video-embeddings/1"
 NORM_TOLERANCE = 1e-3
+REMEDY = "have the data or data.splits changed? run train_clip.py again, which rewrites the cache"
 
 
 class EmbeddingError(RuntimeError):
@@ -84,7 +85,7 @@ class EmbeddingCache:
         if missing:
             raise EmbeddingError(
                 f"{self.path}: no embedding of clip {missing[0]} (and of {len(missing) - 1} more "
-                f"of the {len(keys)} asked for); has the data changed? run train_clip.py again"
+                f"of the {len(keys)} asked for); {REMEDY}"
             )
         return self.embeddings[[self._row_of[key] for key in keys]]
 
@@ -92,9 +93,13 @@ class EmbeddingCache:
         """EmbeddingError unless the cache holds exactly these clips in exactly this order."""
         for row, (own, other) in enumerate(zip(self.keys, keys, strict=False)):
             if own != other:
-                raise EmbeddingError(f"{self.path}: row {row} is clip {own}, expected {other}")
+                raise EmbeddingError(
+                    f"{self.path}: row {row} is clip {own}, expected {other}; {REMEDY}"
+                )
         if len(self.keys) != len(keys):
-            raise EmbeddingError(f"{self.path}: holds {len(self.keys)} clips, expected {len(keys)}")
+            raise EmbeddingError(
+                f"{self.path}: holds {len(self.keys)} clips, expected {len(keys)}; {REMEDY}"
+            )
 
 
 def write_embeddings(

@@ -11,7 +11,7 @@ from pathlib import Path
 from dalle2_video.data.archives import Problem
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import DataConfig
-from dalle2_video.data.store import FORMAT, index_paths, read_index, shard_paths
+from dalle2_video.data.store import FORMAT, StoreError, index_paths, read_index, shard_paths
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Summary:
 def write_manifest(
     config: DataConfig, problems: Sequence[Problem], made: int, shards_made: int, begun: float
 ) -> Summary:
-    """Joins what all shards left out, with what never reached a shard, into manifest.json."""
+    """Joins what all shards left out, with what never reached a shard, into manifest.json.
+
+    StoreError where a file of a shard is gone and its archive too, so that nothing can be made anew.
+    """
     skipped = [
         {"archive": relative_name(p.archive, config.root), "file": p.member, "cause": p.cause}
         for p in problems
@@ -62,7 +65,13 @@ def write_manifest(
         texts += [{"archive": archive, **note} for note in index["texts_left_out"]]
         lines_split += index["lines_split"]
         clips += kept
-        size += sum(file.stat().st_size for file in shard_paths(config.store, path.stem))
+        for file in shard_paths(config.store, path.stem):
+            if not file.exists():
+                raise StoreError(
+                    f"{file} is missing, {path} lists it, and {archive} is not there to make it "
+                    f"from: bring the archive back, or remove {path}"
+                )
+            size += file.stat().st_size
     summary = Summary(
         clips=clips,
         made=made,

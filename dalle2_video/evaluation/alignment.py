@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,21 @@ from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.face_attributes import FaceAttributes
 from dalle2_video.evaluation.attributes import Probe, Score, score, targets_of
 from dalle2_video.generate import Cascade, Progress, SampleConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The section `evaluate`. metric: attributes (embedded data), or nearest (does a sample show
+    its own clip?); split and clips: whose captions are sampled.
+    """
+
+    metric: Literal["attributes", "nearest"]
+    split: str
+    clips: int
+
+    def __post_init__(self) -> None:
+        if self.clips < 1:
+            raise ValueError(f"clips must be at least 1, got {self.clips}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from dalle2_video.evaluation.page import write_page
+from dalle2_video.evaluation.provenance import provenance
 
 SHARES = {"clip": 0.15, "prior": 0.10, "base": 0.75}  # of the minutes that are left for training
 RESERVE = {"script": 0.25, "evaluation": 1.8}  # minutes: a script's start, sampling and judging
@@ -46,7 +46,7 @@ class Demo:
     def __post_init__(self) -> None:
         self.folder = Path(self.run_dir)
         self.state_path = self.folder / "demo.json"
-        self.state: dict[str, Any] = {"minutes": self.minutes, "stages": {}}
+        self.state: dict[str, Any] = {"minutes": self.minutes, "stages": {}, **provenance()}
         if self.state_path.exists():
             self.state = json.loads(self.state_path.read_text())
             if self.state["minutes"] != self.minutes:
@@ -58,7 +58,7 @@ class Demo:
 
     @property
     def elapsed(self) -> float:
-        """Minutes spent, earlier starts of the same demo included."""
+        """Minutes spent, earlier starts of the same demo and broken-off stages included."""
         return sum(stage["minutes"] for stage in self.state["stages"].values())
 
     def run(self) -> None:
@@ -82,7 +82,8 @@ class Demo:
 
     def script(self, name: str, script: str, *arguments: str) -> None:
         """Run one script as a user would; note its minutes and its peak memory."""
-        if name in self.state["stages"]:
+        stage = self.state["stages"].setdefault(name, {"minutes": 0.0, "done": False})
+        if stage["done"]:
             print(f"-- {name}: done already", flush=True)
             return
         command = [
@@ -96,12 +97,17 @@ class Demo:
         ]
         print(f"-- {name}: python {' '.join(command)}", flush=True)
         begun = time.monotonic()
-        subprocess.run([sys.executable, *command], check=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB, of any child
-        self.state["stages"][name] = {
-            "minutes": (time.monotonic() - begun) / 60,
-            "peak_gigabytes_so_far": peak,
-        }
+        try:
+            subprocess.run([sys.executable, *command], check=True)
+            stage["done"] = True
+        finally:
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+            stage["peak_gigabytes_so_far"] = usage.ru_maxrss / 1e6  # kB, of any child
+            stage["minutes"] += (time.monotonic() - begun) / 60
+            self.save()
+
+    def save(self) -> None:
+        """Write demo.json under a temporary name and rename it."""
         temporary = self.state_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.state, indent=1))
         os.replace(temporary, self.state_path)
@@ -111,6 +117,7 @@ class Demo:
         judged = json.loads((self.folder / "report.json").read_text())
         clip = last_validation(self.folder / "clip" / "metrics.jsonl")
         prior = last_validation(self.folder / "prior" / "metrics.jsonl")
+        base = last_validation(self.folder / "base" / "metrics.jsonl")
         stages = self.state["stages"]
         figures = {
             "minutes_total": self.elapsed,
@@ -119,10 +126,11 @@ class Demo:
             **{f"minutes_{name}": stage["minutes"] for name, stage in stages.items()},
             **{f"clip_{name}": value for name, value in clip.items()},
             **{f"prior_{name}": value for name, value in prior.items()},
+            **{f"base_{name}": value for name, value in base.items()},
             **judged,
-            "commit": commit(),
             "mixed_precision": self.state["precision"],
-            "hardware": f"{os.cpu_count()} cores, {processor()}",
+            # of the start: a finished demo that is called again shows its own commit
+            **{name: self.state[name] for name in ("commit", "hardware", "versions")},
         }
         (self.folder / "report.json").write_text(json.dumps(figures, indent=1))
         captions = json.loads((self.folder / "captions.json").read_text())
@@ -133,10 +141,8 @@ class Demo:
 
     def rows(self, f: dict[str, Any]) -> list[Row]:
         """The table."""
-        n = f["clip_val_clips"] if "clip_val_clips" in f else None
-        chance = f"{100 / n:.1f} %" if n else "1 / clips of val"
-        recall = [f.get(f"clip_recall_at_1_{way}") for way in ("text_to_video", "video_to_text")]
-        both = " / ".join(f"{100 * r:.1f} %" for r in recall if r is not None)
+        ways = ("text_to_video", "video_to_text")
+        both = " / ".join(f"{100 * f[f'clip_recall_at_1_{way}']:.1f} %" for way in ways)
         accuracy = (
             f"attribute accuracy {100 * f['attribute_accuracy']:.1f} % "
             f"({100 * f['attribute_accuracy_low']:.1f} to "
@@ -145,9 +151,24 @@ class Demo:
         minutes = {name: stage["minutes"] for name, stage in self.state["stages"].items()}
         return [
             Row("preprocess", minutes["preprocess"], "", ""),
-            Row("video CLIP", minutes["clip"], f"recall@1 on val {both}", chance),
-            Row("prior", minutes["prior"], f"cosine {f.get('prior_cosine_to_video', 0):.2f}", "0"),
-            Row("decoder", minutes["base"], "", ""),
+            Row(
+                "video CLIP",
+                minutes["clip"],
+                f"recall@1 on val {both}",
+                f"{100 * f['clip_recall_at_1_chance']:.1f} %",
+            ),
+            Row(
+                "prior",
+                minutes["prior"],
+                f"cosine to the clip's embedding, val {f['prior_cosine_to_video']:.2f}",
+                f"{f['prior_cosine_to_another_video']:.2f}",
+            ),
+            Row(
+                "decoder",
+                minutes["base"],
+                f"loss on val {f['base_loss']:.4f} after {f['base_clips']:,.0f} clips",
+                "",
+            ),
             Row(
                 "sampling", minutes["evaluation"], accuracy, f"{100 * f['attribute_chance']:.1f} %"
             ),
@@ -189,26 +210,9 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def last_validation(path: Path) -> dict[str, float]:
-    """The figures of the newest validation in a metrics.jsonl, without their `val/`."""
+    """The figures of the newest validation in a metrics.jsonl, without their `val/`, and its
+    `clips`.
+    """
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    found = [line for line in lines if any(key.startswith("val/") for key in line)]
-    last = found[-1] if found else {}
-    return {key[4:]: value for key, value in last.items() if key.startswith("val/")}
-
-
-def commit() -> str:
-    """The short hash of the checkout, with + where it has changes; "unknown" outside git."""
-    try:
-        run = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    last = [line for line in lines if any(key.startswith("val/") for key in line)][-1]
+    return {key.removeprefix("val/"): value for key, value in last.items()}

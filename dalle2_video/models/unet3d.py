@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dalle2_video.models.attention import CrossAttention, SpatialAttention, TemporalAttention
 from dalle2_video.models.layers import (
@@ -197,7 +198,8 @@ class Unet3D(nn.Module):
     """Noisy clip, log-SNR and condition -> prediction of the clip's shape.
 
     Starts by predicting zero. Cost: attention is quadratic in H W within a frame and in F across
-    frames, never in F H W. Runs at any number of frames. ends: layers that an optimizer of matrices
+    frames, never in F H W. Runs at any number of frames. activation_checkpointing: blocks keep only
+    their inputs and run again in the backward pass. ends: layers that an optimizer of matrices
     leaves alone (training/optimizer.py).
     """
 
@@ -206,6 +208,7 @@ class Unet3D(nn.Module):
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         levels = range(len(config.mults))
         dims = [config.dim * m for m in config.mults]
         patch_dim = config.channels * config.patch**2
@@ -239,6 +242,11 @@ class Unet3D(nn.Module):
         self.out = SpatialConv(dims[0], patch_dim)
         zero_init(self.out)
 
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+        return block(*inputs)
+
     def forward(self, z: Tensor, log_snr: Tensor, condition: Condition) -> Tensor:
         """z (B, C, F, H, W), log_snr (B,) -> (B, C, F, H, W) in the dtype of z."""
         frames = sinusoidal(torch.arange(z.shape[2], device=z.device), FRAME_DIM, 100.0)
@@ -248,15 +256,15 @@ class Unet3D(nn.Module):
         skips = [x]
         for level, blocks in enumerate(self.down):
             for block in cast(nn.ModuleList, blocks):
-                x = block(x, cond, tokens, mask)
+                x = self._run(block, x, cond, tokens, mask)
                 skips.append(x)
             if level < len(self.downsample):
                 x = self.downsample[level](x)
                 skips.append(x)
-        x = self.middle(x, cond, tokens, mask)
+        x = self._run(self.middle, x, cond, tokens, mask)
         for level, blocks in enumerate(self.up):
             for block in cast(nn.ModuleList, blocks):
-                x = block(torch.cat([x, skips.pop()], dim=-1), cond, tokens, mask)
+                x = self._run(block, torch.cat([x, skips.pop()], dim=-1), cond, tokens, mask)
             if level < len(self.upsample):
                 x = self.upsample[level](x)
         x = self.out(F.silu(self.norm(x, cond)))

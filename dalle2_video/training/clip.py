@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dalle2_video import keyed
 from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import Batch, CelebVTextDataset
+from dalle2_video.data.dataset import Batch, CelebVTextDataset, embedding_keys
 from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
 from dalle2_video.data.store import ClipStore
 from dalle2_video.data.video import to_float
@@ -262,7 +262,7 @@ def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
         for name in store.splits
         if store.split(name)
     ]
-    keys = [key for dataset in sets for key in dataset.keys()]
+    keys = embedding_keys(store)
     if path.is_file():
         try:
             EmbeddingCache.load(path, loaded.hash).check_order(keys)

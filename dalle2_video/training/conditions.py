@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalle2_video import keyed
 from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import Batch, CelebVTextDataset
+from dalle2_video.data.dataset import Batch, CelebVTextDataset, embedding_keys
 from dalle2_video.data.embeddings import EmbeddingCache
 from dalle2_video.data.store import ClipStore
 from dalle2_video.generate import load_clip
@@ -64,17 +64,17 @@ def load_conditions(
     """CLIP, embeddings and data of a run; `validation` names the split to validate on.
 
     Raises CheckpointError or EmbeddingError where the CLIP or its cache is missing or they do not
-    belong together, and EmbeddingError where the cache lacks a clip of the data.
+    belong together, and EmbeddingError where the cache holds other clips than the data, or the same
+    in another order.
     """
     folder = Path(run_dir) / "clip"
     clip, loaded = load_clip(folder / "model.safetensors")
     cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
+    cache.check_order(embedding_keys(store))
     sets = [
         CelebVTextDataset(store, split, seed, policy, cache, load_frames)
         for split, policy in (("train", captions), (validation, CaptionPolicy(drop=False)))
     ]
-    for dataset in sets:
-        cache.rows(dataset.keys())
     return Conditions(clip, loaded.hash, *sets)
 
 

@@ -43,12 +43,15 @@ class DropSection:
 
 @dataclass(frozen=True)
 class UnetSection:
-    """A section of `unets` in the configuration."""
+    """A section of `unets` in the configuration. activation_checkpointing: less memory, about a
+    third more time.
+    """
 
     captions: CaptionPolicy
     model: UnetConfig
     diffusion: DiffusionConfig
     drop: DropSection
+    activation_checkpointing: bool
     train: TrainConfig
 
 
@@ -108,6 +111,7 @@ def decoder_stage(
     torch.manual_seed(keyed.key(seed, 0, f"{name}/init"))
     unet = Unet3D(section.model, clip.embed_dim, clip.text_width)
     unet.condition.fit(conditions.examples())
+    unet.activation_checkpointing = section.activation_checkpointing
     return Stage(
         name=name,
         model=unet,

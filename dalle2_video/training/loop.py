@@ -96,7 +96,10 @@ class _Trainer:
         self.metrics = last_validation(self.folder / "metrics.jsonl", self.progress.clips)
         self.log: Log = NullLog()
         if accelerator.is_main_process:
-            config = {"stage": stage.config, "train": asdict(cfg), "run": asdict(run)}
+            if run.resolved is not None:  # not before: a refused resume leaves the run as it was
+                (self.folder / "config.yaml").write_text(run.resolved, encoding="utf-8")
+            settings = {k: v for k, v in asdict(run).items() if k != "resolved"}
+            config = {"stage": stage.config, "train": asdict(cfg), "run": settings}
             tracker = make_tracker(run, stage.name, config)
             self.log = RunLog(self.folder, stage.name, tracker, self.progress.clips)
 

@@ -65,7 +65,7 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
 
     def validate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Every rank goes over the whole split, so sharded models make the same calls."""
-        total, cosines, count = 0.0, 0.0, 0
+        total, cosines, others, count = 0.0, 0.0, 0.0, 0
         config = SampleConfig(prior_guidance_scale=1.0)
         for cpu_batch in eval_loader(conditions.val_set, 64):
             batch = cpu_batch.to(accelerator.device)
@@ -75,8 +75,10 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
             drawn = sample_embeddings(model, whiten, diffusion, text, batch.counters, config)
             assert batch.embeddings is not None
             cosines += float((drawn * batch.embeddings).sum())
+            others += float((drawn * batch.embeddings.roll(1, 0)).sum())  # chance
             count += len(batch)
-        return {"loss": total / count, "cosine_to_video": cosines / count}
+        cosine = {"cosine_to_video": cosines / count, "cosine_to_another_video": others / count}
+        return {"loss": total / count, **cosine}
 
     return Stage(
         name="prior",

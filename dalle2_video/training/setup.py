@@ -1,38 +1,64 @@
-"""From the configuration tree to what the scripts pass around."""
+"""From the command line and the configuration tree to what the scripts pass around."""
 
 from __future__ import annotations
 
-import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from dalle2_video.data.config import DataConfig, open_store
-from dalle2_video.data.store import ClipStore
+from dalle2_video.data.preprocess import preprocess
+from dalle2_video.data.store import ClipStore, index_paths
 from dalle2_video.generate import SampleConfig
 from dalle2_video.training.environment import process_state
+from dalle2_video.training.log import check_wandb
 from dalle2_video.training.stage import RunConfig, from_config
 
 
+def quote_texts(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments in which the sentence of `text=...` is one quoted value.
+
+    Hydra would take a bare comma for a sweep, and refuse an apostrophe. A list of lines ([...]) and
+    a value that is quoted already stay as they are.
+    """
+    return [_quoted(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    raw = re.fullmatch(r"""\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'|null""", value, re.DOTALL)
+    if key != "text" or not equals or raw:
+        return argument
+    # inside quotes only a quote, backslashes before one, and an interpolation have a meaning
+    value = re.sub(r"(\\*)(\"|$)", lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)
+    return f'text="{value.replace("${", chr(92) + "${")}"'
+
+
 def store_of(cfg: DictConfig) -> ClipStore:
-    """The preprocessed clips that the section `data` names; StoreError where there are none."""
-    return open_store(from_config(DataConfig, cfg.data, "data"))
+    """The preprocessed clips that the section `data` names; the embedded faces are made when they
+    are not there. StoreError where there are none.
+    """
+    config = from_config(DataConfig, cfg.data, "data")
+    if config.faces is not None:
+        state = process_state()
+        with state.main_process_first():
+            if state.is_main_process and not index_paths(config.store):
+                print(f"{config.store}: no clips yet, the embedded faces are made", flush=True)
+                print(preprocess(config), flush=True)
+    return open_store(config)
 
 
 def sample_config(cfg: DictConfig) -> SampleConfig:
-    """How to sample, from the section `sample` (which also says what and where to)."""
-    names = [field.name for field in dataclasses.fields(SampleConfig)]
-    return from_config(SampleConfig, {name: cfg.sample[name] for name in names}, "sample")
+    """How to sample, from the section `sample`."""
+    return from_config(SampleConfig, cfg.sample, "sample")
 
 
 def run_config(cfg: DictConfig, stage: str) -> RunConfig:
-    """Where and how a stage runs; also writes the resolved configuration beside its checkpoints."""
-    folder = Path(cfg.run_dir) / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    if process_state().is_main_process:
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    return RunConfig(
-        dir=str(folder),
+    """Where and how a stage runs. Raises WandbKeyError, before any slow work."""
+    run = RunConfig(
+        dir=str(Path(cfg.run_dir) / stage),
         seed=cfg.seed,
         mixed_precision=cfg.mixed_precision,
         train_name=cfg.train_name,
@@ -40,4 +66,7 @@ def run_config(cfg: DictConfig, stage: str) -> RunConfig:
         wandb_project=cfg.wandb_project,
         wandb_entity=cfg.wandb_entity,
         wandb_mode=cfg.wandb_mode,
+        resolved=OmegaConf.to_yaml(cfg, resolve=True),
     )
+    check_wandb(run)
+    return run

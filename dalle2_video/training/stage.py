@@ -138,6 +138,7 @@ class RunConfig:
     """Where and in which environment a stage runs.
 
     dir: runs/<train_name>/<stage>. wandb_mode: online | offline, None = WANDB_MODE or online.
+    resolved: the whole configuration as YAML, written to <dir>/config.yaml when the run begins.
     """
 
     dir: str
@@ -148,6 +149,7 @@ class RunConfig:
     wandb_project: str = "dalle2-video"
     wandb_entity: str | None = None
     wandb_mode: Literal["online", "offline"] | None = None
+    resolved: str | None = None
 
 
 def from_config(cls: type[T], section: DictConfig | Mapping[str, Any], where: str) -> T:
