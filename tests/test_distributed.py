@@ -27,13 +27,13 @@ LAYOUTS = {
 }
 
 
-def launch(strategy: str, folder: Path) -> None:
+def launch(strategy: str, folder: Path, precision: str = "no") -> None:
     """Two ranks of tiny_stage.py under configs/accelerate/<strategy>.yaml, without CUDA."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     command += ["--config_file", f"configs/accelerate/{strategy}.yaml", "--main_process_port", "0"]
     if strategy == "fsdp2":
         command += ["--fsdp_min_num_params", "64"]  # small enough to split the tiny net's layers
-    command += ["-m", "tests.tiny_stage", str(folder)]
+    command += ["-m", "tests.tiny_stage", str(folder), precision]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -63,6 +63,8 @@ def test_two_processes_agree_with_one(strategy, single, tmp_path):
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert [rank["world"] for rank in ranks] == [2, 2]
     assert {rank["type"] for rank in ranks} == {LAYOUTS[strategy]}
+    # PAPERS.md 10, no. 8: of two ranks one writes
+    assert ranks[0]["written"] > 0 and ranks[1]["written"] == 0
     total = sum(p.numel() for p in TinyNet().parameters() if p.requires_grad)
     held = [rank["held"] for rank in ranks]
     if strategy == "ddp":
@@ -100,3 +102,15 @@ def test_two_processes_agree_with_one(strategy, single, tmp_path):
         "random_states_1.pkl",
     }
     assert not list((tmp_path / "whole/checkpoints").glob(".*"))
+
+
+def test_zero3_in_bf16_keeps_float32_weights(single, tmp_path):
+    """DeepSpeed's own autocast: other digits than float32, about the same losses."""
+    launch("zero3", tmp_path, "bf16")
+    full, low = losses(single, "loss"), losses(tmp_path / "whole", "loss")
+    assert low == pytest.approx(full, rel=0.03) and low != pytest.approx(full, abs=1e-6)
+    assert losses(tmp_path / "resumed", "loss") == low
+    state = load_model(tmp_path / "whole/model.safetensors", "tiny").state
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    rounded = [torch.equal(t, t.to(torch.bfloat16).float()) for t in state.values()]
+    assert not all(rounded)  # masters in float32, not bf16 weights written out

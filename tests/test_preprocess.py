@@ -313,6 +313,19 @@ def test_a_missing_or_damaged_file_of_a_shard_is_made_again(tmp_path: Path, whic
     assert path.name in said[0] and open_store(config(tmp_path)).frames([1]).any()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_lost_file_whose_archive_is_gone_is_named(tmp_path: Path, which: int) -> None:
+    write_zip(tmp_path / "a.zip", clips(1, 2))
+    write_zip(tmp_path / "b.zip", clips(3))
+    preprocess(config(tmp_path))
+    (tmp_path / "a.zip").unlink()
+    assert preprocess(config(tmp_path)).clips == 3  # archives may go once they are read
+    path = shard_paths(tmp_path, "a")[which]
+    path.unlink()
+    with pytest.raises(StoreError, match=rf"{path.name} is missing.*bring the archive back"):
+        preprocess(config(tmp_path))
+
+
 KILLED = """
 import os, signal, sys
 import psutil

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from dalle2_video.checkpoint import file_hash, load_model
@@ -45,6 +46,7 @@ from dalle2_video.training.clip import (
 )
 from dalle2_video.training.loop import train
 from dalle2_video.training.stage import ConfigError, RunConfig, StepInfo, from_config
+from tests.towers import NAME, open_clip_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SPLITS = {"train": 0.6, "val": 0.25, "combo": 0.15}
@@ -308,6 +310,32 @@ def test_it_learns_to_tell_clips_apart(data, store, tmp_path):
     assert loaded.meta["fps"] == "4.0"
     assert VideoCLIPConfig.from_dict(loaded.config) == plan.model.model_config()
     assert clip.log_logit_scale.item() != pytest.approx(np.log(1 / 0.07))  # it was trained
+
+
+def test_a_frozen_tower_trains_nothing_and_is_in_no_file_of_the_run(data, store, tmp_path):
+    with open_clip_checkpoint(tmp_path) as (path, source):
+        text = "clip.model.text"
+        plan = section(
+            data, f"{text}.name={NAME}", f"{text}.weights={path}", f"{text}.frozen=true",
+            "clip.train.save_every_clips=16", "clip.train.ema_halflife_clips=16",
+        )  # fmt: skip
+        stage = clip_stage(plan, store, 0)
+        train(stage, plan.train, RunConfig(str(tmp_path / "clip")))
+        tower = source.state_dict()["token_embedding.weight"]
+        assert any(torch.equal(p, tower) for p in stage.model.text.parameters())
+        files = sorted((tmp_path / "clip").rglob("*.safetensors"))
+        assert len(files) == 5  # model.safetensors; and in two checkpoints weights and EMA
+        for file in files:
+            names = load_file(file).keys()
+            assert any(name.startswith("video.") for name in names), file
+            assert not any(name.startswith("text.") for name in names), file
+        state = torch.load(
+            tmp_path / "clip/checkpoints/000000000032/optimizer.bin", weights_only=True
+        )
+        held = sum(len(group["params"]) for group in state["param_groups"])
+        assert held == len(list(stage.model.video.parameters())) + 1  # and the logit scale
+        clip, _ = load_clip(tmp_path / "clip" / "model.safetensors")
+        assert any(torch.equal(p, tower) for p in clip.text.parameters())
 
 
 def run_script(*arguments: str) -> str:

@@ -517,6 +517,23 @@ def test_bf16_trains_float32_weights(tmp_path):
     assert low == pytest.approx(full, rel=0.03)
 
 
+def test_fp16_without_a_gpu_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"fp16 needs a GPU.*bf16 or no"):
+        train(tiny_stage(), tiny_config(), RunConfig(str(tmp_path), mixed_precision="fp16"))
+
+
+@pytest.mark.gpu
+def test_fp16_halves_its_scale_until_gradients_are_finite_and_trains(tmp_path):
+    run = RunConfig(str(tmp_path / "fp16"), mixed_precision="fp16")
+    stage = tiny_stage()
+    result = train(stage, tiny_config(clips=320, lr_schedule="constant"), run)
+    train(tiny_stage(), tiny_config(clips=320), RunConfig(str(tmp_path / "no")))
+    assert result.progress.steps == 40 and result.progress.skipped < 20
+    assert stage.model.up.weight.dtype == torch.float32
+    assert losses(tmp_path / "fp16")[-1] < 0.9 * losses(tmp_path / "no")[0]
+
+
 # ---- configuration
 
 

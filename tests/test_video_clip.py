@@ -26,6 +26,7 @@ from dalle2_video.models.text_tower import (
 from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
 from dalle2_video.models.vivit import ConvTubelets, VideoTower, VideoTowerConfig
 from dalle2_video.training.optimizer import param_groups
+from tests.towers import MODEL_CONFIG, NAME, open_clip_checkpoint
 
 VIDEO = VideoTowerConfig(16, 4, (8, 8), 2, 32, 1, 2, 2)
 CONFIG = VideoCLIPConfig(24, VIDEO, TrainedTextConfig(32, 2, 2))
@@ -280,25 +281,12 @@ def test_a_checkpoint_gives_the_same_model_and_another_ones_is_refused(tmp_path,
 
 # ---------------------------------------------------------------- pretrained text tower
 
-NAME = "tiny-test-clip"
-MODEL_CONFIG = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 64, "patch_size": 8},
-    "text_cfg": {"width": 32, "heads": 2, "layers": 2},
-}
-
 
 @pytest.fixture
 def weights(tmp_path):
     """A whole open_clip checkpoint of a small model, saved locally, and the model itself."""
-    (tmp_path / f"{NAME}.json").write_text(json.dumps(MODEL_CONFIG))
-    open_clip.add_model_config(tmp_path / f"{NAME}.json")
-    torch.manual_seed(7)
-    source = open_clip.create_model(NAME)
-    path = tmp_path / "open_clip.pt"
-    torch.save(source.state_dict(), path)
-    yield path, source
-    _MODEL_CONFIGS.pop(NAME, None)
+    with open_clip_checkpoint(tmp_path) as found:
+        yield found
 
 
 def pretrained(path, **changes) -> VideoCLIPConfig:

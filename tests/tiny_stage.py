@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalle2_video import keyed
+from dalle2_video.training import state
 from dalle2_video.training.loop import train
 from dalle2_video.training.shards import shards_of
 from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
@@ -130,7 +131,11 @@ def run_rank(root: Path, precision: str = "no") -> None:
         return mean_objective(tiny_stage(), model, accelerator, 2, 3)
 
     run = RunConfig(str(root / "whole"), seed=3, mixed_precision=precision)
+    written = []
+    save_model = state.save_model
+    state.save_model = lambda path, *rest: (written.append(str(path)), save_model(path, *rest))
     train(tiny_stage(validate=validate), cfg, run)
+    seen["written"] = len(written)
     rank = torch.distributed.get_rank()
     (root / f"rank{rank}.json").write_text(json.dumps(seen))
     if rank == 0:

@@ -33,6 +33,8 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     float32 weights, as everywhere else. Raises ConfigError where batch_size cannot be shared out,
     RuntimeError where the launched ranks do not find one another.
     """
+    if run.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
     world = process_state().num_processes
     micro, steps = share_out(cfg, world)
     deepspeed = _launched_with("DEEPSPEED")
