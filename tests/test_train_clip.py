@@ -316,8 +316,9 @@ def test_a_frozen_tower_trains_nothing_and_is_in_no_file_of_the_run(data, store,
     with open_clip_checkpoint(tmp_path) as (path, source):
         text = "clip.model.text"
         plan = section(
-            data, f"{text}.name={NAME}", f"{text}.weights={path}", f"{text}.frozen=true",
-            "clip.train.save_every_clips=16", "clip.train.ema_halflife_clips=16",
+            data, "clip.model.embed_dim=24", f"{text}.name={NAME}", f"{text}.weights={path}",
+            f"{text}.frozen=true", "clip.train.save_every_clips=16",
+            "clip.train.ema_halflife_clips=16",
         )  # fmt: skip
         stage = clip_stage(plan, store, 0)
         train(stage, plan.train, RunConfig(str(tmp_path / "clip")))
