@@ -12,6 +12,7 @@ B batch, F frames, H W, C channels, N text tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -249,7 +250,9 @@ class Unet3D(nn.Module):
 
     def forward(self, z: Tensor, log_snr: Tensor, condition: Condition) -> Tensor:
         """z (B, C, F, H, W), log_snr (B,) -> (B, C, F, H, W) in the dtype of z."""
-        frames = sinusoidal(torch.arange(z.shape[2], device=z.device), FRAME_DIM, 100.0)
+        # from half a period per frame, so that even and odd frames can be told apart
+        frame = math.pi * torch.arange(z.shape[2], device=z.device)
+        frames = sinusoidal(frame, FRAME_DIM, 100.0)
         cond, tokens, mask = self.condition(log_snr, frames, condition)
         x = self.stem(space_to_channels(z.permute(0, 2, 3, 4, 1), self.config.patch))
         x = x + self.frame_position(frames)[None, :, None, None]
