@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.faces import read_attributes
@@ -59,9 +60,9 @@ def main(cfg: DictConfig) -> None:
         encode_mp4(out / "clips" / f"{i:04d}.mp4", clip, cascade.fps)
     texts = [" ".join(lines) for lines in captions.lines]
     save_sheet(out / "sheet.png", list(frames[:32].numpy()), texts[:32])
-    (out / "captions.json").write_text(json.dumps(texts, indent=1))
+    write_json(out / "captions.json", texts)
     report = figures | provenance() | {"mixed_precision": cfg.mixed_precision}
-    (out / "report.json").write_text(json.dumps(report, indent=1))
+    write_json(out / "report.json", report)
     print(json.dumps(report, indent=1), f"\nin {out}")
 
 

@@ -93,7 +93,9 @@ def sample_embeddings(
         )
 
     z = keyed.randn((draws, dim), config.seed, counters, "prior", device)
-    denoise = guided(denoiser(both, diffusion.prediction), config.prior_guidance_scale)
+    denoise = denoiser(both, diffusion.prediction)
+    if config.prior_guidance_scale != 1:
+        denoise = guided(denoise, config.prior_guidance_scale)
     x0 = ddim(denoise, z, diffusion.schedule.steps(config.prior_steps, device))
     embeddings = torch.nn.functional.normalize(whiten.inverse(x0), dim=-1)
     nearest = torch.einsum("bkd,bd->bk", embeddings, text.embedding).argmax(1)

@@ -58,13 +58,12 @@ def test_real_clips_score_high_and_other_clips_do_not(dataset, truth) -> None:
     assert figures["attribute_accuracy"] > 0.97
     assert figures["ceiling_accuracy"] == figures["attribute_accuracy"]
     assert figures["light_rule_accuracy"] > 0.9
-    # shuffled: about what perfect clips score against the same other captions, in closed form
-    targets = targets_of(truth)
-    other = {name: value.roll(-20) for name, value in targets.items()}
-    assert figures["attribute_chance_shuffled"] == pytest.approx(score(targets, other).mean)
-    assert figures["attribute_accuracy_shuffled"] < 0.6
-    gap = figures["attribute_accuracy_shuffled"] - figures["attribute_chance_shuffled"]
-    assert abs(gap) < 0.03
+    # shuffled: each clip against the caption of the clip a third of the set further on
+    other = {name: value.roll(-20) for name, value in targets_of(truth).items()}
+    expected = score(load_probe().network.predict(frames), other).mean
+    assert figures["attribute_accuracy_shuffled"] == pytest.approx(expected)
+    assert figures["attribute_chance_shuffled"] == pytest.approx(expected)
+    assert expected < 0.6
     # frames of other clips are as bad as captions of other clips
     moved = alignment(load_probe(), frames.roll(7, 0), truth)
     assert moved["attribute_accuracy"] < 0.6 and "ceiling_accuracy" not in moved

@@ -69,7 +69,7 @@ def alignment(
 ) -> dict[str, float]:
     """Flat figures for sampled frames uint8 (B, F, H, W, 3) and the attributes they should show.
 
-    real: the real clips of the same captions, for the probe's ceiling.
+    real: the real clips of the same captions, for the probe's ceiling and for chance.
     """
     targets = targets_of(clips)
     predictions = probe.network.predict(frames)
@@ -78,12 +78,13 @@ def alignment(
     shuffled = {name: value[order] for name, value in targets.items()}
     figures = flat("attribute", score(predictions, targets))
     figures["attribute_accuracy_shuffled"] = score(predictions, shuffled).mean
-    # what perfect clips would score against those other captions: chance, for the line above
-    figures["attribute_chance_shuffled"] = score(targets, shuffled).mean
     light = {name: rule.predict(frames) for name, rule in probe.light.items()}
     figures |= flat("light_rule", score(light, targets), chance=False)
     if real is not None:
-        figures |= flat("ceiling", score(probe.network.predict(real), targets), chance=False)
+        seen = probe.network.predict(real)
+        figures |= flat("ceiling", score(seen, targets), chance=False)
+        # what real clips score against those other captions: chance, for the shuffled ones above
+        figures["attribute_chance_shuffled"] = score(seen, shuffled).mean
     return figures
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.page import write_page
 from dalle2_video.evaluation.provenance import provenance
 
@@ -107,10 +107,8 @@ class Demo:
             self.save()
 
     def save(self) -> None:
-        """Write demo.json under a temporary name and rename it."""
-        temporary = self.state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state, indent=1))
-        os.replace(temporary, self.state_path)
+        """demo.json, whole or not at all."""
+        write_json(self.state_path, self.state)
 
     def finish(self) -> None:
         """report.json, the page, and the table on the terminal."""
@@ -132,7 +130,7 @@ class Demo:
             # of the start: a finished demo that is called again shows its own commit
             **{name: self.state[name] for name in ("commit", "hardware", "versions")},
         }
-        (self.folder / "report.json").write_text(json.dumps(figures, indent=1))
+        write_json(self.folder / "report.json", figures)
         captions = json.loads((self.folder / "captions.json").read_text())
         rows = self.rows(figures)
         write_page(self.folder, captions, rows, figures)

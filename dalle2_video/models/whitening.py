@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Examples(NamedTuple):
-    """video, text (N, D): embeddings; states (M, W): of all tokens of the N texts."""
+    """video (V, D), text (N, D): embeddings; states (M, W): of all tokens of the N texts."""
 
     video: Tensor
     text: Tensor

@@ -24,7 +24,7 @@ from dalle2_video.models.video_clip import TextEncoding, VideoCLIP
 from dalle2_video.models.whitening import Examples
 from dalle2_video.training.environment import process_state
 
-EXAMPLES, EXAMPLES_BATCH = 1024, 64
+EXAMPLES_PER_DIMENSION, EXAMPLES_BATCH = 8, 64  # texts that whitening is fitted to
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -38,19 +38,20 @@ class Conditions:
     val_set: CelebVTextDataset
 
     def examples(self) -> Examples:
-        """What training meets first: the sample that whitening is fitted to."""
-        data = self.train_set
+        """What whitening is fitted to: all training embeddings, and the texts met first."""
+        data, number = self.train_set, EXAMPLES_PER_DIMENSION * self.clip.embed_dim
+        assert data.embeddings is not None
         still = CelebVTextDataset(
             data.store, data.name, data.seed, data.captions, data.embeddings, load_frames=False
         )
-        encode, device, parts = TextEncoder(self.clip), process_state().device or "cpu", []
-        for start in range(0, min(EXAMPLES, 4 * len(data)), EXAMPLES_BATCH):
+        encode, device = TextEncoder(self.clip), process_state().device or "cpu"
+        texts, states = [], []
+        for start in range(0, min(number, 4 * len(data)), EXAMPLES_BATCH):
             batch = still.collate([still.pointer(start + i) for i in range(EXAMPLES_BATCH)])
             text = encode(batch.to(device))
-            assert batch.embeddings is not None
-            states = text.states[text.mask].cpu()
-            parts.append(Examples(batch.embeddings, text.embedding.cpu(), states))
-        return Examples(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            texts.append(text.embedding.cpu())
+            states.append(text.states[text.mask].cpu())
+        return Examples(data.embeddings.rows(data.keys()), torch.cat(texts), torch.cat(states))
 
 
 def load_conditions(

@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
     def videos(self, clips: int, files: Sequence[tuple[Path, str]]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...
 
 
 class NoWandb:
@@ -44,7 +44,7 @@ class NoWandb:
 
     def videos(self, clips: int, files: Sequence[tuple[Path, str]]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...
 
 
 class Wandb:
@@ -85,8 +85,8 @@ class Wandb:
         videos = [self._wandb.Video(str(p), caption=c, format="mp4") for p, c in files]
         self.run.log({"clips": clips, "samples": videos})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool = False) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 def wandb_mode(run: RunConfig) -> Any:
@@ -129,7 +129,7 @@ class Log(Protocol):
 
     def note(self, text: str) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...
 
 
 class NullLog:
@@ -145,7 +145,7 @@ class NullLog:
 
     def note(self, text: str) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None: ...
 
 
 class RunLog:
@@ -209,10 +209,10 @@ class RunLog:
         else:
             print(f"[{self.name}] {text}", flush=True)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.tracker.close()
+        self.tracker.close(failed)
 
     def _record(self, clips: int, values: Mapping[str, float]) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,8 +131,10 @@ class _Trainer:
             elif self.checkpoints.exported_clips() != self.progress.clips:
                 self.checkpoints.export(self.progress)
             self.accelerator.wait_for_everyone()
-        finally:
-            self.log.close()
+        except BaseException:
+            self.log.close(failed=True)
+            raise
+        self.log.close()
         return TrainResult(self.progress, self.metrics, self.folder / "model.safetensors")
 
     def _steps(self) -> None:
@@ -169,8 +171,9 @@ class _Trainer:
                 if self.due(self.cfg.val_every_clips):
                     self._validate()
                 if self.due(self.cfg.save_every_clips):
-                    self.progress.seconds = self._agreed(time.monotonic() - begun)
-                    self.checkpoints.save(self.progress)
+                    # the budget is looked at after steps only, so that the last one is validated
+                    seconds = self._agreed(time.monotonic() - begun)
+                    self.checkpoints.save(replace(self.progress, seconds=seconds))
 
     def _step(self, batches: Iterator[Any], window: _Window) -> tuple[dict[str, float], bool]:
         """One optimizer step over batch_size clips; (figures, whether it was applied)."""

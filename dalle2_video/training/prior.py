@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
-from copy import deepcopy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from dalle2_video.data.dataset import Batch, eval_loader
 from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
 from dalle2_video.generate import SampleConfig, sample_embeddings
 from dalle2_video.models.prior import Prior, PriorConfig
+from dalle2_video.models.whitening import Whitening
 from dalle2_video.training.conditions import Conditions, TextEncoder, draw_times
 from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
 
@@ -35,6 +36,11 @@ class PriorSection:
     train: TrainConfig
 
 
+def whitening_of(model: nn.Module, accelerator: Accelerator) -> Whitening:
+    """The space that the prior works in: of the model itself, which a resume may have restored."""
+    return cast(Prior, accelerator.unwrap_model(model)).whiten
+
+
 def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Stage:
     """The stage "prior": MSE on the embedding itself, K noise levels per text."""
     clip, diffusion, draws = conditions.clip, section.diffusion, section.model.noise_draws
@@ -42,12 +48,12 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
     torch.manual_seed(keyed.key(seed, 0, "prior/init"))
     prior = Prior(section.model, clip.embed_dim, clip.text_width)
     prior.fit(conditions.examples())
-    whiten = deepcopy(prior.whiten)  # outside of what a trainer may wrap
 
     def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
         assert batch.embeddings is not None
         text = encode(batch)
-        x0 = whiten.to(step.device)(batch.embeddings)[:, None].expand(-1, draws, -1)
+        whiten = whitening_of(model, step.accelerator)
+        x0 = whiten(batch.embeddings)[:, None].expand(-1, draws, -1)
         counters = step.counters[:, None] * draws + torch.arange(draws)
         t = draw_times(step.seed, counters.flatten(), "prior").to(step.device)
         eps = keyed.randn(x0.shape[1:], step.seed, step.counters, "prior/noise").to(step.device)
@@ -65,8 +71,9 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
 
     def validate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Every rank goes over the whole split, so sharded models make the same calls."""
-        total, cosines, others, count = 0.0, 0.0, 0.0, 0
+        total, pairs = 0.0, []
         config = SampleConfig(prior_guidance_scale=1.0)
+        whiten = whitening_of(model, accelerator)
         for cpu_batch in eval_loader(conditions.val_set, 64):
             batch = cpu_batch.to(accelerator.device)
             step = StepInfo(batch.counters, 0, accelerator.device, accelerator)
@@ -74,11 +81,14 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
             text = encode(batch)
             drawn = sample_embeddings(model, whiten, diffusion, text, batch.counters, config)
             assert batch.embeddings is not None
-            cosines += float((drawn * batch.embeddings).sum())
-            others += float((drawn * batch.embeddings.roll(1, 0)).sum())  # chance
-            count += len(batch)
-        cosine = {"cosine_to_video": cosines / count, "cosine_to_another_video": others / count}
-        return {"loss": total / count, **cosine}
+            pairs.append(torch.stack([drawn, batch.embeddings]).cpu())
+        drawn, own = torch.cat(pairs, dim=1)
+        other = own.roll(max(1, len(own) // 3), 0)  # far on in the split: another person
+        return {
+            "loss": total / len(own),
+            "cosine_to_video": float((drawn * own).sum(1).mean()),
+            "cosine_to_another_video": float((drawn * other).sum(1).mean()),
+        }
 
     return Stage(
         name="prior",
