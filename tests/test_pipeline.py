@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -21,13 +22,16 @@ import train_decoder
 import train_prior
 from dalle2_video.checkpoint import CheckpointError, file_hash
 from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.dataset import eval_loader
 from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError
 from dalle2_video.data.video import to_float
 from dalle2_video.generate import Cascade, SampleConfig, load_clip, read_texts, sample_embeddings
+from dalle2_video.models.whitening import Whitening
 from dalle2_video.training.conditions import draw_times, keep_masks, load_conditions
 from dalle2_video.training.log import read_metrics
+from dalle2_video.training.prior import PriorSection, prior_stage
 from dalle2_video.training.setup import store_of
-from dalle2_video.training.stage import ConfigError
+from dalle2_video.training.stage import ConfigError, StepInfo, from_config
 
 ROOT = Path(__file__).parent.parent
 STEPS = ["batch_size=8", "clips=32", "warmup_clips=8", "save_every_clips=16", "workers=0"]
@@ -210,6 +214,31 @@ def test_prior_and_cache_have_one_scale(run_dir, cascade) -> None:
     )
     torch.testing.assert_close(drawn.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(cache.embeddings.norm(dim=1), torch.ones(len(cache.keys)))
+
+
+def test_a_resumed_prior_goes_on_in_its_own_space(configure, run_dir) -> None:
+    """The whitening that a checkpoint brings rules the targets, not one fitted to today's data."""
+    cfg = configure()
+    section = from_config(PriorSection, cfg.prior, "prior")
+    conditions = load_conditions(run_dir, store_of(cfg), 0, section.captions, False)
+    stage = prior_stage(section, conditions, 0)
+    seen = []
+
+    class Resumed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whiten = Whitening(32)
+            self.whiten.mean.fill_(-1000.0)
+
+        def forward(self, noised, *rest):
+            seen.append(noised)
+            return noised
+
+    batch = next(eval_loader(conditions.val_set, 4))
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    step = StepInfo(batch.counters, 0, torch.device("cpu"), accelerator)
+    stage.objective(Resumed(), batch, step)
+    assert seen[0].max() > 100  # x0 is about 1000 there, and at most noise in it
 
 
 def test_what_a_text_says_reaches_the_model_in_any_order(cascade) -> None:

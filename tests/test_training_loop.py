@@ -412,6 +412,28 @@ def test_minutes_rule_the_schedule_and_the_end(tmp_path, monkeypatch):
     assert again.progress.seconds == pytest.approx(30.0)
 
 
+def test_a_timed_run_is_validated_at_its_end_however_long_a_save_takes(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def slow(model, batch, step):
+        clock.now += 6.0
+        return objective(model, batch, step)
+
+    save = loop.Checkpoints.save
+
+    def slow_save(self, progress):
+        clock.now += 9.0  # the one after the second step crosses the budget of 20 s
+        save(self, progress)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(loop.Checkpoints, "save", slow_save)
+    cfg = tiny_config(minutes=1 / 3, save_every_clips=16, val_every_clips=None)
+    result = train(tiny_stage(objective=slow), cfg, RunConfig(str(tmp_path)))
+    assert result.progress.steps == 3 and "loss" in result.metrics
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["clips"] for line in lines if "val/loss" in line] == [24]
+
+
 # ---- validation
 
 
