@@ -245,6 +245,16 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, stage, seed, words):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_checkpoint_of_another_optimizer_is_refused_and_leaves_the_config(tmp_path):
+    run = RunConfig(str(tmp_path), resolved="a: 1\n")
+    train(tiny_stage(), tiny_config(clips=8), run)
+    with pytest.raises(CheckpointError, match="optimizer: 'adamw' there, 'muon' here"):
+        train(tiny_stage(), tiny_config(optimizer="muon"), replace(run, resolved="a: 2\n"))
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+    train(tiny_stage(), tiny_config(), replace(run, resolved="a: 3\n"))
+    assert (tmp_path / "config.yaml").read_text() == "a: 3\n"
+
+
 def test_damaged_checkpoint_names_its_folder(tmp_path):
     train(tiny_stage(), tiny_config(clips=8), RunConfig(str(tmp_path)))
     path = tmp_path / "checkpoints/000000000008/optimizer.bin"

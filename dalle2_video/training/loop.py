@@ -90,7 +90,7 @@ class _Trainer:
         halflife = cfg.ema_halflife_clips
         self.ema = Ema(self.shards, halflife, cfg.ema_rampup) if halflife else None
         self.checkpoints = Checkpoints(
-            self.folder, accelerator, self.shards, self.ema, stage, run.seed, cfg.keep_checkpoints
+            self.folder, accelerator, self.shards, self.ema, stage, cfg, run.seed
         )
         self.progress = self.checkpoints.restore() or Progress()
         self.metrics = last_validation(self.folder / "metrics.jsonl", self.progress.clips)

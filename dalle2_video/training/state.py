@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dalle2_video.checkpoint import CheckpointError, read_header, save_model, sync_path
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.shards import Shards
-from dalle2_video.training.stage import Stage
+from dalle2_video.training.stage import Stage, TrainConfig
 
 WEIGHTS = "model.safetensors"  # the name that Accelerate gives to the weights of the first model
 
@@ -55,8 +55,8 @@ class Checkpoints:
         shards: Shards,
         ema: Ema | None,
         stage: Stage,
+        cfg: TrainConfig,
         seed: int,
-        keep: int,
     ):
         self.folder = folder
         self.root = folder / "checkpoints"
@@ -64,8 +64,9 @@ class Checkpoints:
         self.shards = shards
         self.ema = ema
         self.stage = stage
-        self.keep = keep
-        identity = {"stage": stage.name, "seed": seed, "config": stage.config, "meta": stage.meta}
+        self.keep = cfg.keep_checkpoints
+        identity = {"stage": stage.name, "seed": seed, "optimizer": cfg.optimizer}
+        identity |= {"config": stage.config, "meta": stage.meta}
         self.identity = json.loads(json.dumps(identity))
         accelerator.register_save_state_pre_hook(self._filter_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
