@@ -2,7 +2,7 @@
 
     python train_clip.py run_dir=runs/trials data.root=data/faces clip.train.minutes=3.5
     python benchmarks/decoder_trial.py runs/trials muon --minutes 3
-    python benchmarks/decoder_trial.py runs/trials adamw --minutes 3 unets.base.train.optimizer=adamw
+    python benchmarks/decoder_trial.py runs/trials slow --minutes 3 unets.base.train.lr=1e-3
 
 Trains in runs/trials_<name> with the CLIP of runs/trials. The conditions are the clips' own video
 embeddings and captions, so the prior has no part in it. Prints and writes trial.json: clips seen,
