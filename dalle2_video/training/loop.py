@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,7 +149,8 @@ class _Trainer:
         window = _Window()
         skipped_in_a_row = 0
         begun = time.monotonic() - self.progress.seconds
-        while self.fraction() < 1.0:
+        ended = False
+        while not ended:
             values, applied = self._step(batches, window)
             skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
             if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -159,6 +160,7 @@ class _Trainer:
                     "mixed_precision=bf16 or no"
                 )
             self.progress.seconds = self._agreed(time.monotonic() - begun)
+            ended = self.fraction() >= 1.0  # not by the time of a save: the end is validated
             window.add(values, self.cfg.batch_size)
             self.log.progress(self.fraction())
             if self.due(self.cfg.log_every_clips):
@@ -171,9 +173,8 @@ class _Trainer:
                 if self.due(self.cfg.val_every_clips):
                     self._validate()
                 if self.due(self.cfg.save_every_clips):
-                    # the budget is looked at after steps only, so that the last one is validated
-                    seconds = self._agreed(time.monotonic() - begun)
-                    self.checkpoints.save(replace(self.progress, seconds=seconds))
+                    self.progress.seconds = self._agreed(time.monotonic() - begun)
+                    self.checkpoints.save(self.progress)
 
     def _step(self, batches: Iterator[Any], window: _Window) -> tuple[dict[str, float], bool]:
         """One optimizer step over batch_size clips; (figures, whether it was applied)."""
