@@ -1,8 +1,8 @@
 """A short training of the base U-Net, judged on `val`: to compare settings before a whole demo.
 
     python train_clip.py run_dir=runs/trials data.root=data/faces clip.train.minutes=3.5
-    python benchmarks/decoder_trial.py runs/trials muon --minutes 3
-    python benchmarks/decoder_trial.py runs/trials slow --minutes 3 unets.base.train.lr=1e-3
+    python -m benchmarks.decoder_trial runs/trials muon --minutes 3
+    python -m benchmarks.decoder_trial runs/trials slow --minutes 3 unets.base.train.lr=1e-3
 
 Trains in runs/trials_<name> with the CLIP of runs/trials. The conditions are the clips' own video
 embeddings and captions, so the prior has no part in it. Prints and writes trial.json: clips seen,
@@ -60,10 +60,9 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
         for name, kept in (("with", condition), ("without", condition.dropped())):
             x = unet(alpha * x0 + sigma * noise, log_snr, kept)
             moved = x - x.mean(2, keepdim=True)
-            figures[f"x0_error_at_{value:+.0f}_{name}"] = float((x - x0).square().mean())
-            figures[f"motion_error_at_{value:+.0f}_{name}"] = float(
-                (moved - motion).square().mean()
-            )
+            where = f"at_{value:+.0f}_{name}"
+            figures[f"x0_error_{where}"] = float((x - x0).square().mean())
+            figures[f"motion_error_{where}"] = float((moved - motion).square().mean())
 
     config, samples = SampleConfig(steps=steps), []
     for start in range(0, len(x0), 32):
