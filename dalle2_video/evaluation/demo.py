@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class Demo:
     run_dir: str
     data: str
     overrides: Sequence[str] = ()
-    begun: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.folder = Path(self.run_dir)
