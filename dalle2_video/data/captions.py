@@ -33,6 +33,7 @@ CATEGORIES = (
 )
 CONTEXT = 77
 START, END, PAD = 49406, 49407, 0
+CUT = 0.1  # probability of a new line between two lines that are joined
 ROOM = CONTEXT - 2  # tokens of a line without its start and end
 
 
@@ -246,7 +247,7 @@ class CaptionPolicy:
     training: a new draw at every meeting, keyed by (seed, counter). With probability
     `all_probability` every category stays, otherwise a random 1 to all of them, each number
     equally likely; so a single line is familiar. Each kept category gives one line. With
-    `join_probability` the lines, in random order, are joined into one or more longer ones (random
+    `join_probability` the lines, in random order, are joined into one or a few longer ones (random
     cuts), so a free sentence that says several things is familiar.
     """
 
@@ -278,7 +279,7 @@ class CaptionPolicy:
         draw.shuffle(chosen)
         groups: list[list[Line]] = [[]]
         for line in chosen:
-            if groups[-1] and draw.random() < 0.25:
+            if groups[-1] and draw.random() < CUT:
                 groups.append([])
             groups[-1].append(line)
         return [line for group in groups for line in join_lines(group)]
