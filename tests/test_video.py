@@ -17,6 +17,7 @@ from dalle2_video.data.video import (
     crop_resize,
     decode_clip,
     encode_mp4,
+    frame_to_rgb,
     resize_matrix,
     to_float,
     to_uint8,
@@ -294,6 +295,22 @@ def test_resize_keeps_the_mean_at_any_ratio_and_takes_out_what_would_alias() -> 
     lines = np.zeros((128, 128, 3), np.uint8)
     lines[:, ::2] = 255
     assert np.abs(crop_resize(lines, 32).astype(int) - 127.5).max() <= 1
+
+
+@pytest.mark.parametrize(("side", "size"), [(256, 64), (250, 64), (66, 64)])
+def test_shrinking_in_the_decoder_is_the_area_average(side: int, size: int) -> None:
+    """At least 40 dB from a float64 area average of the frame's RGB, on sharp edges and noise."""
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 256, (2, side // 16 + 1, side // 16 + 1, 3))
+    tiles = np.kron(coarse, np.ones((1, 16, 16, 1)))[:, :side, :side]
+    images = (60 + 0.4 * tiles + draw.integers(0, 40, (2, side, side, 3))).astype(np.uint8)
+    video = write_video(images, pix_fmt="yuv420p")
+    with av.open(io.BytesIO(video)) as container:
+        whole = frame_to_rgb(next(container.decode(video=0))).astype(np.float64)
+    matrix = resize_matrix(side, size).astype(np.float64)
+    exact = np.einsum("ih,hwc,jw->ijc", matrix, whole, matrix, optimize=True)
+    got = decode_clip(video, 10.0, 2, size).frames[0]
+    assert 10 * np.log10(255**2 / np.mean((got - exact) ** 2)) >= 40
 
 
 def test_enlarging_is_linear() -> None:
