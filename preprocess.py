@@ -3,6 +3,8 @@
     python preprocess.py                                    the embedded faces, rendered at first
     python preprocess.py size=celebvtext data.root=/data/CelebV-Text
     python preprocess.py size=celebvtext data.root=/data/CelebV-Text data.out=/fast data.workers=16
+    python preprocess.py size=celebvtext part=3 parts=10          every tenth archive, for clusters
+    python preprocess.py check=true                   reads the whole store back, draws a sheet
 
 data.root holds zips or tars of CelebV-Text, or its extracted folders; it is only read. The same
 command continues after a stop and adds archives that came since. What was left out, and why, is in
@@ -17,6 +19,7 @@ from omegaconf import DictConfig
 def main(cfg: DictConfig) -> None:
     # Worker processes import this file: what they do not need is imported here, not above.
     from dalle2_video.data.archives import ArchiveError
+    from dalle2_video.data.check import check_store
     from dalle2_video.data.config import DataConfig
     from dalle2_video.data.preprocess import preprocess
     from dalle2_video.data.store import StoreError
@@ -24,7 +27,11 @@ def main(cfg: DictConfig) -> None:
 
     config = from_config(DataConfig, cfg.data, "data")
     try:
-        print(preprocess(config))
+        if cfg.check:
+            report = check_store(config)
+            print(report)
+            raise SystemExit(1 if report.problems else 0)
+        print(preprocess(config, part=cfg.part, parts=cfg.parts))
     except (ArchiveError, StoreError) as error:
         raise SystemExit(f"preprocess: {error}") from error
 

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,27 @@ def test_the_order_is_random_access() -> None:
 def test_places_are_equally_likely() -> None:
     first = Counter(ClipOrder(5, seed)(0) for seed in range(1000))
     assert all(count == pytest.approx(200, abs=50) for count in first.values())
+
+
+def test_the_order_goes_through_the_shards_in_groups() -> None:
+    """40 shards of 25 clips: in each third only 16 shards are open, others in the next epoch."""
+    shards = np.repeat(np.arange(40), 25)
+    order = ClipOrder(1000, 0, shards)
+    groups = []
+    for epoch in range(3):
+        clips = order.permutation(epoch)
+        assert sorted(clips) == list(range(1000))
+        parts = [set(shards[clips[start : start + 400]]) for start in (0, 400, 800)]
+        assert [len(part) for part in parts] == [16, 16, 8]
+        groups.append(frozenset(parts[0]))
+        # inside a group all clips are mixed: hardly two of one shard follow each other
+        same = np.mean(shards[clips[1:]] == shards[clips[:-1]])
+        assert same < 3 / 16
+    assert len(set(groups)) == 3
+    first = Counter(int(shards[ClipOrder(1000, seed, shards)(0)]) for seed in range(2000))
+    assert len(first) == 40 and max(first.values()) < 100, "each shard may come first"
+    few = np.repeat(np.arange(16), 4)
+    assert [ClipOrder(64, 1, few)(c) for c in range(64)] == [ClipOrder(64, 1)(c) for c in range(64)]
 
 
 # ---------------------------------------------------------------- batches

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from omegaconf import OmegaConf
 from dalle2_video.data.archives import ArchiveError
 from dalle2_video.data.captions import CATEGORIES, encode
 from dalle2_video.data.config import DataConfig, FacesConfig, open_store
-from dalle2_video.data.preprocess import preprocess
+from dalle2_video.data.preprocess import _make_clip, preprocess
 from dalle2_video.data.store import StoreError, shard_paths
 from dalle2_video.data.video import decode_clip
 from dalle2_video.training.stage import ConfigError, from_config
@@ -44,6 +45,7 @@ def config(root: Path, **changes) -> DataConfig:
         split_seed=0,
         splits=SPLITS,
         workers=0,
+        seconds_per_clip=None,
         overwrite=False,
         faces=None,
     )
@@ -331,21 +333,26 @@ import os, signal, sys
 import psutil
 from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess import preprocess
-from dalle2_video.data.store import ShardWriter
-append, count = ShardWriter.append, 0
-def stop(self, frames, times):
+from dalle2_video.data.journal import Journal
+append, count = Journal.append, 0
+def stop(self, clip, frames=None):
     global count
     count += 1
     if count == 9:
         print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
+        self._frames.write(frames[:2])  # in the middle of a clip
+        self._frames.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    return append(self, frames, times)
-ShardWriter.append = stop
-preprocess(DataConfig("test", sys.argv[1], None, 5.0, 6, 16, 0, {"train": 1.0}, 2, False, None))
+    return append(self, clip, frames)
+Journal.append = stop
+splits = {"train": 1.0}
+preprocess(DataConfig("test", sys.argv[1], None, 5.0, 6, 16, 0, splits, 2, None, False, None))
 """
 
 
-def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(tmp_path: Path) -> None:
+def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(
+    tmp_path: Path, monkeypatch
+) -> None:
     write_zip(tmp_path / "a.zip", clips(*range(6)))
     write_zip(tmp_path / "b.zip", clips(*range(6, 12)))
     # Files, no pipes: a worker that outlives its parent would keep a pipe open for ever.
@@ -361,11 +368,16 @@ def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(tmp_pat
     assert code == -signal.SIGKILL, (tmp_path / "errors").read_text()
     workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(workers) >= 2
-    assert (tmp_path / "videos" / ".b.h5.partial").exists(), "killed in the middle of a shard"
+    assert (tmp_path / "videos" / ".b.frames.partial").exists(), "killed in the middle of a shard"
     assert open_store(config(tmp_path)).clip_ids == [clip_id(person) for person in range(6)]
     stamp = shard_paths(tmp_path, "a")[0].stat().st_mtime_ns
 
+    decoded = []
+    monkeypatch.setattr(
+        "dalle2_video.data.preprocess.decode_clip", lambda *a: decoded.append(a) or decode_clip(*a)
+    )
     summary = preprocess(config(tmp_path))
+    assert len(decoded) == 4, "the two clips that were finished are not decoded again"
     assert (summary.made, summary.shards_kept, summary.clips) == (6, 1, 12)
     assert shard_paths(tmp_path, "a")[0].stat().st_mtime_ns == stamp
     assert not list(tmp_path.rglob("*.partial"))
@@ -378,16 +390,34 @@ def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(tmp_pat
         time.sleep(0.1)
 
 
-def _die(*_: object) -> None:
-    os._exit(1)
+def _die_at_one(clip: str, *arguments: object) -> object:
+    if clip == clip_id(2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _make_clip(clip, *arguments)  # type: ignore[arg-type]
 
 
-def test_a_worker_that_dies_ends_the_run_with_the_clip_named(tmp_path: Path, monkeypatch) -> None:
-    write_zip(tmp_path / "a.zip", clips(1, 2))
-    monkeypatch.setattr("dalle2_video.data.preprocess._decode", _die)
-    with pytest.raises(ArchiveError, match=f"a worker died.*{clip_id(1)} of .*a.zip"):
-        preprocess(config(tmp_path, workers=1))
-    assert not list(tmp_path.rglob("*.h5")) and not list(tmp_path.rglob("*.partial"))
+def _hang_at_one(clip: str, *arguments: object) -> object:
+    if clip == clip_id(2):
+        time.sleep(600)
+    return _make_clip(clip, *arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("worker", "cause"),
+    [
+        (_die_at_one, "its worker died 2 times (SIGKILL)"),
+        (_hang_at_one, "it took longer than 6 s"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_costs_its_own_clip_only(
+    tmp_path: Path, monkeypatch, worker: object, cause: str
+) -> None:
+    write_zip(tmp_path / "a.zip", clips(*range(1, 6)))
+    monkeypatch.setattr("dalle2_video.data.preprocess._make_clip", worker)
+    made = config(tmp_path, workers=2, seconds_per_clip=6.0)
+    assert preprocess(made).clips == 4
+    assert open_store(made).clip_ids == [clip_id(person) for person in (1, 3, 4, 5)]
+    assert skipped(tmp_path) == {f"videos/celebvtext_6/{clip_id(2)}.mp4": cause}
 
 
 def alive(pid: int) -> bool:
@@ -419,6 +449,57 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     assert preprocess(config(tmp_path)).clips == 1
 
 
+# ---------------------------------------------------------------- in parts, and a full disk
+
+
+def test_parts_make_together_what_one_run_makes(tmp_path: Path) -> None:
+    """Each part its archives, a clip in two archives once, the manifest whole after the last."""
+    people = {"a": (1, 2), "b": (2, 3), "c": (3, 4), "d": (5,), "e": (1, 6)}
+    for name, some in people.items():
+        write_zip(tmp_path / f"{name}.zip", clips(*some))
+    one, many = config(tmp_path, out=str(tmp_path / "o")), config(tmp_path, out=str(tmp_path / "m"))
+    preprocess(one)
+    for part, shards in ((3, "c"), (1, "ad"), (2, "be")):
+        before = set(tree(Path(many.out or "")))
+        assert preprocess(many, part=part, parts=3).shards_kept <= 5
+        made = {Path(name).stem for name in set(tree(Path(many.out or ""))) - before}
+        assert {name for name in made if len(name) == 1} == set(shards)
+    for store in (open_store(one), open_store(many)):
+        assert sorted(store.clip_ids) == [clip_id(person) for person in range(1, 7)]
+    assert open_store(one).clip_ids == open_store(many).clip_ids
+    assert skipped(Path(one.out or "")) == skipped(Path(many.out or ""))
+    with pytest.raises(StoreError, match="part must be 1 to 3"):
+        preprocess(many, part=4, parts=3)
+
+
+FULL = """
+import resource, sys
+from dalle2_video.data.config import DataConfig
+from dalle2_video.data.preprocess import preprocess
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # room for 6 clips of 4,608 bytes
+splits = {"train": 1.0}
+preprocess(DataConfig("test", sys.argv[1], None, 5.0, 6, 16, 0, splits, 0, None, False, None))
+"""
+
+
+def test_a_full_disk_is_said_and_finished_shards_stay(tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.zip", clips(1, 2))
+    write_zip(tmp_path / "b.zip", clips(*range(3, 12)))
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert re.search(
+        r"StoreError: the disk of .* is full .*: finished shards are whole", done.stderr
+    )
+    assert open_store(config(tmp_path)).clip_ids == [clip_id(1), clip_id(2)]
+    summary = preprocess(config(tmp_path))
+    assert (summary.clips, summary.made, summary.shards_kept) == (11, 9, 1)
+
+
 # ---------------------------------------------------------------- the embedded data set, the script
 
 
@@ -447,6 +528,7 @@ def test_the_section_is_checked_before_any_work() -> None:
         "split_seed": 0,
         "splits": {"train": 1.0},
         "workers": 0,
+        "seconds_per_clip": 60,
         "overwrite": False,
         "faces": {"clips": 4, "size": 32, "fps": 8.0, "seconds": 1, "seed": 0},
     }

@@ -25,8 +25,8 @@ class DataConfig:
 
     name: a label. root: the folder of the archives. out: of the store, None = root. fps,
     num_frames, size (side in pixels): of the stored clips. splits: name -> fraction, with
-    split_seed. workers: processes, 0 = none. overwrite: make shards again that are there. faces:
-    or None.
+    split_seed. workers: processes, 0 = none. seconds_per_clip: a clip that keeps a worker longer is
+    left out; None = no limit. overwrite: make shards again that are there. faces: or None.
     """
 
     name: str
@@ -38,12 +38,15 @@ class DataConfig:
     split_seed: int
     splits: dict[str, float]
     workers: int
+    seconds_per_clip: float | None
     overwrite: bool
     faces: FacesConfig | None
 
     def __post_init__(self) -> None:
         if self.fps <= 0 or self.num_frames < 1 or self.size < 1 or self.workers < 0:
             raise ValueError("fps, num_frames and size must be positive, workers at least 0")
+        if self.seconds_per_clip is not None and self.seconds_per_clip <= 0:
+            raise ValueError("seconds_per_clip must be positive, or null")
 
     @property
     def store(self) -> Path:

@@ -1,7 +1,7 @@
 """The data set of captioned clips: pointers to clips in a keyed order; collate loads.
 
 The order of training is a function of (seed, global clip counter): counter // n is the epoch, and
-each epoch is its own permutation. A micro-batch is named by its counters alone, so any rank, worker
+each epoch is its own permutation, which goes through the shards in groups. A micro-batch is named by its counters alone, so any rank, worker
 or resumed run that asks for the same counters gets the same frames and the same captions.
 Evaluation goes once over a split in index order. Embeddings are found by clip key, never by place.
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dalle2_video import keyed
 from dalle2_video.data.captions import CaptionPolicy, pack_lines
 from dalle2_video.data.store import ClipStore, StoreError
+
+SHARDS_AT_ONCE = 16  # of 1,000 clips of 16 x 64 x 64 px each: 3 GB
 
 
 class Embeddings(Protocol):
@@ -35,21 +38,36 @@ def embedding_keys(store: ClipStore) -> list[str]:
 
 
 class ClipOrder:
-    """counter -> 0 .. num_clips - 1: every clip once per epoch, in a new order each epoch."""
+    """counter -> 0 .. num_clips - 1: every clip once per epoch, in a new order each epoch.
 
-    def __init__(self, num_clips: int, seed: int) -> None:
+    shards: the shard of each clip, int (num_clips,). Each epoch draws the shards into groups of
+    SHARDS_AT_ONCE and takes the groups one after the other, the clips of a group in random order:
+    so reads stay among a few files, which fit into the page cache, while a batch still mixes
+    thousands of clips of all of them. With fewer shards, or None, the order is a plain permutation.
+    """
+
+    def __init__(self, num_clips: int, seed: int, shards: np.ndarray | None = None) -> None:
         if num_clips < 1:
             raise ValueError("an order needs at least one clip")
         self.num_clips, self.seed = num_clips, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self.shards = np.zeros(num_clips, np.int64) if shards is None else shards
+        self.num_shards = int(self.shards.max()) + 1
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def __call__(self, counter: int) -> int:
         epoch, place = divmod(counter, self.num_clips)
         if epoch != self._epoch:
-            draw = keyed.generator(self.seed, epoch, "order")
-            self._permutation = torch.randperm(self.num_clips, generator=draw)
-            self._epoch = epoch
+            self._epoch, self._permutation = epoch, self.permutation(epoch)
         return int(self._permutation[place])
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """int64 (num_clips,): the order of one epoch."""
+        draw = keyed.generator(self.seed, epoch, "order")
+        order = torch.randperm(self.num_clips, generator=draw).numpy()
+        if self.num_shards <= SHARDS_AT_ONCE:
+            return order
+        place = torch.randperm(self.num_shards, generator=draw).numpy() // SHARDS_AT_ONCE
+        return order[np.argsort(place[self.shards[order]], kind="stable")]
 
 
 class Pointer(NamedTuple):
@@ -123,7 +141,7 @@ class CelebVTextDataset:
                 f"split {split!r} of {store.root} has none of its {len(store)} clips: "
                 "preprocess more archives or change data.splits"
             )
-        self._order = ClipOrder(len(self.clips), seed)
+        self._order = ClipOrder(len(self.clips), seed, store.shard_numbers(self.clips))
 
     def __len__(self) -> int:
         return len(self.clips)

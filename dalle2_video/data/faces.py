@@ -38,7 +38,7 @@ from dalle2_video.data.face_attributes import (
 )
 from dalle2_video.data.face_captions import write_captions
 from dalle2_video.data.face_render import render
-from dalle2_video.data.pool import WorkerPool, ahead
+from dalle2_video.data.pool import WorkerPool
 from dalle2_video.data.store import split_of
 from dalle2_video.data.video import encode_mp4
 
@@ -220,11 +220,11 @@ def write_dataset(
     _write_text(out / "attributes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     todo = [(out / n, p) for n, p in zip(names, archives, strict=True) if not (out / n).exists()]
-    tasks = [(clip, form) for _, part in todo for clip in part]
+    tasks = [(clip.clip_id, (clip, form)) for _, part in todo for clip in part]
     bar = tqdm(total=len(tasks), unit="clip", desc="faces", disable=not progress or not tasks)
-    with bar, WorkerPool(workers if workers > 1 else 0, "dalle2_video.data.faces") as pool:
-        futures = ahead((pool.submit(draw_clip, *task) for task in tasks), 8 * workers)
-        drawn = (future.result() for future in futures)
+    processes = workers if workers > 1 else 0
+    with bar, WorkerPool(draw_clip, processes, ["dalle2_video.data.faces"]) as pool:
+        drawn = (future.result() for _, future in pool.map(tasks))
         for path, part in todo:
             _write_archive(path, part, drawn, bar)
     return clips

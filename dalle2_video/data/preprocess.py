@@ -1,21 +1,21 @@
 """From archives of captioned clips to the store: the library behind preprocess.py.
 
-Each archive becomes one shard. Decoding runs in worker processes, texts are read and tokenized
-meanwhile; the shard appears whole, its index last. So a run that was killed continues with the same
-command, and nothing half-written is ever read. All that is left out is listed with its cause, per
-shard in index/<shard>.json and together in manifest.json. Inputs are only read.
+Each archive becomes one shard. Worker processes read, decode and tokenize; finished clips go to a
+journal, and when the archive is through the shard appears whole, its index last. So a run that was
+killed continues at the clip where it was with the same command, and nothing half-written is ever
+read. All that is left out is listed with its cause, per shard in index/<shard>.json and together in
+manifest.json. Inputs are only read.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from dalle2_video.data.archives import ArchiveError, Catalogue, Member, Source, 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CATEGORIES, CaptionError, read_text, split_line
 from dalle2_video.data.config import DataConfig, FacesConfig, open_store
+from dalle2_video.data.journal import Journal, remove_journal
 from dalle2_video.data.manifest import Summary, relative_name, write_manifest
-from dalle2_video.data.pool import WorkerPool, ahead
+from dalle2_video.data.pool import WorkerLost, WorkerPool
 from dalle2_video.data.store import (
     FORMAT,
     Settings,
@@ -43,24 +44,41 @@ from dalle2_video.data.video import ClipError, decode_clip
 __all__ = ["DataConfig", "FacesConfig", "Summary", "open_store", "preprocess"]
 
 
-def preprocess(config: DataConfig, log: Callable[[str], None] = print) -> Summary:
-    """Makes the shards that are not there yet. Raises ArchiveError or StoreError, with names."""
+PRELOAD = (__name__, "open_clip.tokenizer")  # the second takes seconds: once, not per worker
+
+
+def preprocess(
+    config: DataConfig, log: Callable[[str], None] = print, part: int = 1, parts: int = 1
+) -> Summary:
+    """Makes the shards that are not there yet, or every `parts`-th archive of them.
+
+    part: 1 .. parts; each part may run on its own machine, and whoever ends last sees all shards in
+    the manifest. Raises ArchiveError or StoreError, with names.
+    """
+    if not 1 <= part <= parts:
+        raise StoreError(f"part={part} parts={parts}: part must be 1 to {parts}")
     begun = time.monotonic()
     out = config.store
     _render_faces(config)
     if not Path(config.root).exists():
         raise ArchiveError(f"data.root={config.root} does not exist")
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out):
+    with _lock(out, part, parts), _disk(out):
         catalogue = _catalogue(config)
-        todo = [source for source in catalogue.sources if not _is_there(config, source, log)]
-        known = _known_clips(config, {source.name for source in todo})
+        mine = catalogue.sources[part - 1 :: parts]
+        todo = [source for source in mine if not _is_there(config, source, log)]
+        again = catalogue.sources if config.overwrite else todo
+        known = _known_clips(config, {source.name for source in again})
+        if parts > 1:
+            known |= _owners(config, catalogue.sources, known)
         made = 0
         with (
             _bar(sum(len(source.videos) for source in todo)) as bar,
-            WorkerPool(config.workers, __name__) as pool,
+            WorkerPool(_make_clip, config.workers, PRELOAD, config.seconds_per_clip) as pool,
         ):
             for source in todo:
+                if config.overwrite:
+                    remove_journal(out / "videos", source.name)
                 bar.set_postfix_str(source.name)
                 made += _make_shard(config, source, known, pool, bar)
         return write_manifest(config, catalogue.problems, made, len(todo), begun)
@@ -150,6 +168,19 @@ def _known_clips(config: DataConfig, todo: set[str]) -> dict[str, str]:
     return known
 
 
+def _owners(
+    config: DataConfig, sources: Sequence[Source], known: Mapping[str, str]
+) -> dict[str, str]:
+    """clip id -> the first archive that holds it, of those without a shard: parts must agree."""
+    owners: dict[str, str] = {}
+    for source in sources:
+        if config.overwrite or not shard_paths(config.store, source.name)[2].exists():
+            for clip in source.videos:
+                if clip not in known:
+                    owners.setdefault(clip, source.name)
+    return owners
+
+
 # ---------------------------------------------------------------- one shard
 
 
@@ -158,87 +189,99 @@ def _make_shard(
 ) -> int:
     """Writes frames, texts, then the index; returns the number of clips kept."""
     out, settings = config.store, config.settings
-    _, text_path, index_path = shard_paths(out, source.name)
+    frame_path, text_path, index_path = shard_paths(out, source.name)
     index_path.unlink(missing_ok=True)  # from here until the end this shard does not exist
-    clips: list[dict[str, Any]] = []
-    notes: list[dict[str, str]] = []
-    texts: list[Mapping[str, list[str]]] = []
-    lines_split = 0
-
-    def tasks() -> Iterator[tuple[_Job, Future | None]]:
-        for clip, member, data in source.stream():
-            job = _Job(clip, member, *_read_texts(source, clip))
-            if clip in known:
-                job.cause = f"a second copy: shard {known[clip]} holds this clip"
-            elif not job.lines:
-                job.cause = "without text: no category has a usable file"
-            yield job, None if job.cause else pool.submit(_decode, member, data, settings)
-
-    with ShardWriter(out, source.name, settings) as shard:
-        for job, future in ahead(tasks(), 4 * max(config.workers, 1)):
+    made_from = {"format": FORMAT, "settings": asdict(settings), "clips": source.fingerprint()}
+    with Journal(frame_path.parent, source.name, made_from, settings.shape) as journal:
+        have = {clip["clip"] for clip in journal.clips}
+        bar.update(len(have))
+        for clip, future in pool.map(_tasks(source, settings, known, have)):
+            cause, made = "", None
             try:
-                result = job.cause if future is None else future.result()
-            except BrokenProcessPool as error:
-                raise ArchiveError(
-                    f"a worker died, out of memory or in the decoder, at or soon after clip "
-                    f"{job.clip} of {source.archive}: use fewer data.workers, or remove that clip"
-                ) from error
+                made = future.result()
+            except WorkerLost as error:
+                cause = str(error)
+            if made is None and not cause:
+                cause = f"a second copy: shard {known[clip]} holds this clip"
+            entry, frames = made or ({"cause": cause}, None)
+            if frames is None:
+                file = source.videos[clip].name
+                journal.append({"clip": clip, "status": "skipped", "file": file, **entry})
+            else:
+                journal.append({"clip": clip, "status": "kept", **entry}, frames)
+                known[clip] = source.name
             bar.update()
-            notes += job.notes
-            if isinstance(result, str):
-                clips.append(
-                    {
-                        "clip": job.clip,
-                        "status": "skipped",
-                        "file": job.member.name,
-                        "cause": result,
-                    }
-                )
-                continue
-            frames, times = result
-            row = shard.append(frames, times)
-            texts.append(job.lines)
-            lines_split += job.lines_split
-            known[job.clip] = source.name
-            ends = [round(float(times[0]), 6), round(float(times[-1]), 6)]
-            clips.append({"clip": job.clip, "status": "kept", "row": row, "seconds": ends})
-        write_texts(text_path, texts)
-    write_json(
-        index_path,
-        {
-            "format": FORMAT,
-            "archive": relative_name(source.archive, config.root),
-            "fingerprint": source.fingerprint(),
-            "settings": asdict(settings),
-            "clips": clips,
-            "texts_left_out": notes,
-            "lines_split": lines_split,
-        },
-    )
-    return len(texts)
+        kept = [clip for clip in journal.clips if clip["status"] == "kept"]
+        with ShardWriter(out, source.name, settings) as shard:
+            for clip, frames in zip(kept, journal.frames(), strict=True):
+                shard.append(frames, np.array(clip["times"]))
+        write_texts(text_path, [clip["lines"] for clip in kept])
+        write_json(
+            index_path,
+            {
+                "format": FORMAT,
+                "archive": relative_name(source.archive, config.root),
+                "fingerprint": source.fingerprint(),
+                "settings": asdict(settings),
+                "clips": [_index_row(clip) for clip in journal.clips],
+                "texts_left_out": [n for clip in journal.clips for n in clip.get("notes", ())],
+                "lines_split": sum(clip["lines_split"] for clip in kept),
+            },
+        )
+        journal.remove()
+    return len(kept)
 
 
-@dataclass
-class _Job:
-    """A clip on its way: its usable lines by category, text files left out, why it is skipped."""
+def _tasks(
+    source: Source, settings: Settings, known: dict[str, str], have: set[str]
+) -> Iterator[tuple[str, tuple | None]]:
+    """(clip, arguments of `_make_clip`); None for a second copy of a clip of another shard."""
+    for clip, member, data in source.stream():
+        if clip not in have:
+            task = (clip, member, data, source.texts[clip], settings)
+            yield clip, None if known.get(clip, source.name) != source.name else task
 
-    clip: str
-    member: Member
-    lines: dict[str, list[str]]
-    notes: list[dict[str, str]]
-    lines_split: int
-    cause: str = ""
+
+def _index_row(clip: dict[str, Any]) -> dict[str, Any]:
+    """A journal's clip as the index lists it: what is needed to find it, or why it is not there."""
+    names = ("clip", "status", "row", "seconds", "hash", "file", "cause")
+    return {name: clip[name] for name in names if name in clip}
+
+
+def _make_clip(
+    clip: str,
+    member: Member,
+    data: bytes | None,
+    texts: Mapping[str, Member],
+    settings: Settings,
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """What the journal lists of a clip, and its frames or None. Runs in a worker."""
+    lines, notes, lines_split = _read_texts(texts, clip)
+    entry: dict[str, Any] = {"notes": notes} if notes else {}
+    if not lines:
+        return {**entry, "cause": "without text: no category has a usable file"}, None
+    try:
+        if member.kind == "folder":
+            file: bytes | Path = Path(member.archive) / member.name
+        else:
+            file = member.read() if data is None else data
+        decoded = decode_clip(file, settings.fps, settings.num_frames, settings.size)
+    except (ClipError, ArchiveError) as error:
+        return {**entry, "cause": str(error)}, None
+    times = decoded.times.tolist()
+    entry |= {"lines": lines, "lines_split": lines_split, "times": times}
+    return {**entry, "seconds": [round(times[0], 6), round(times[-1], 6)]}, decoded.frames
 
 
 def _read_texts(
-    source: Source, clip: str
+    texts: Mapping[str, Member], clip: str
 ) -> tuple[dict[str, list[str]], list[dict[str, str]], int]:
     """(lines of at most 77 tokens by category, files left out and why, lines that were split)."""
     lines: dict[str, list[str]] = {}
     notes = []
     lines_split = 0
     for category in CATEGORIES:
-        member = source.texts[clip].get(category)
+        member = texts.get(category)
         cause = "missing"
         if member is not None:
             try:
@@ -254,21 +297,6 @@ def _read_texts(
     return lines, notes, lines_split
 
 
-def _decode(
-    member: Member, data: bytes | None, settings: Settings
-) -> tuple[np.ndarray, np.ndarray] | str:
-    """(frames, times), or the cause why there are none. Runs in a worker."""
-    try:
-        if member.kind == "folder":
-            source: bytes | Path = Path(member.archive) / member.name
-        else:
-            source = member.read() if data is None else data
-        clip = decode_clip(source, settings.fps, settings.num_frames, settings.size)
-    except (ClipError, ArchiveError) as error:
-        return str(error)
-    return clip.frames, clip.times
-
-
 def _bar(total: int) -> tqdm:
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(
@@ -277,11 +305,30 @@ def _bar(total: int) -> tqdm:
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One preprocess per store at a time; the lock goes with the process, however it ends."""
-    with open(out / ".preprocess.lock", "w") as file:
+def _lock(out: Path, part: int, parts: int) -> Iterator[None]:
+    """One preprocess per store, or one per part; the locks go with the process, however it ends."""
+    with ExitStack() as files:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            whole = files.enter_context(open(out / ".preprocess.lock", "w"))
+            fcntl.flock(whole, (fcntl.LOCK_EX if parts == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if parts > 1:
+                own = files.enter_context(open(out / f".preprocess.{part}of{parts}.lock", "w"))
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StoreError(f"another preprocess is writing into {out}") from error
         yield
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """A full disk as an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.errno in full or "No space left" in str(error):
+            raise StoreError(
+                f"the disk of {out} is full ({error.strerror or error}): finished shards are whole; "
+                "make room and run the same command, it goes on where it stopped"
+            ) from error
+        raise

@@ -207,6 +207,14 @@ class ClipStore:
     def __len__(self) -> int:
         return len(self.clip_ids)
 
+    def home(self, clip: int) -> str:
+        """The name of the shard that holds position `clip`."""
+        return self.shards[self._shard[clip]]
+
+    def shard_numbers(self, clips: Sequence[int]) -> np.ndarray:
+        """int32: the place in `shards` of each position."""
+        return self._shard[np.asarray(clips, np.int64)]
+
     def key(self, clip: int) -> str:
         """The clip key "<clip id>:<window>" of position `clip`; the one window so far is 0."""
         return f"{self.clip_ids[clip]}:0"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dalle2_video.checkpoint import save_model
 from dalle2_video.data.face_attributes import ATTRIBUTES
 from dalle2_video.data.faces import FaceClip, FaceFormat, draw_clip, plan
-from dalle2_video.data.pool import WorkerPool, ahead
+from dalle2_video.data.pool import WorkerPool
 from dalle2_video.data.video import decode_clip
 from dalle2_video.evaluation.attributes import (
     KIND,
@@ -48,9 +48,9 @@ def decoded(clip: FaceClip) -> np.ndarray:
 
 def draw_all(clips: list[FaceClip], workers: int) -> Tensor:
     """uint8 (N,8,32,32,3) of all clips, in order."""
-    with WorkerPool(workers if workers > 1 else 0, "dalle2_video.evaluation.train_probe") as pool:
-        futures = ahead((pool.submit(decoded, clip) for clip in clips), 8 * workers)
-        frames = [f.result() for f in tqdm(futures, total=len(clips), unit="clip")]
+    processes, tasks = workers if workers > 1 else 0, ((clip.clip_id, (clip,)) for clip in clips)
+    with WorkerPool(decoded, processes, ["dalle2_video.evaluation.train_probe"]) as pool:
+        frames = [f.result() for _, f in tqdm(pool.map(tasks), total=len(clips), unit="clip")]
     return torch.from_numpy(np.stack(frames))
 
 
