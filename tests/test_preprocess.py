@@ -565,4 +565,5 @@ def test_the_script_ends_with_one_line_that_says_what_is_wrong(tmp_path: Path) -
     spec.loader.exec_module(script)
     section = asdict(config(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=r"^preprocess: data\.root=.*nowhere does not exist$"):
-        script.main.__wrapped__(OmegaConf.create({"data": section}))
+        whole = {"data": section, "check": False, "part": 1, "parts": 1}
+        script.main.__wrapped__(OmegaConf.create(whole))

@@ -31,6 +31,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CLIP_NAME = re.compile(r".{11}(_\d+){1,2}")
 FOLDER_SHARD = 2000  # an extracted folder of more clips becomes 64 shards, so a stop loses little
+MOST_BYTES = 2 << 30  # of one member; a clip has about 10 MB, so more is damage or a bomb
 _TEXT_LIMIT = 1 << 20  # bytes; a text file is below 10 kB
 
 _CATEGORY_OF = {
@@ -71,6 +72,8 @@ class Member:
 
     def read(self) -> bytes:
         """All its bytes; ArchiveError where the archive does not give them whole."""
+        if self.size > MOST_BYTES:
+            raise ArchiveError(f"too large: {self.size / 1e9:.1f} GB")
         try:
             if self.data is not None:
                 return self.data
@@ -131,7 +134,7 @@ class Source:
                 for info in tar:
                     clip = clip_of.pop(info.name, None) if info.isreg() else None
                     file = tar.extractfile(info) if clip is not None else None
-                    if clip is not None and file is not None:
+                    if clip is not None and file is not None and info.size <= MOST_BYTES:
                         data = file.read()
                         yield clip, rest.pop(clip), data
         # What a broken compressed tar did not give is among the rest: reading it names the cause.

@@ -268,6 +268,8 @@ def _make_clip(
         decoded = decode_clip(file, settings.fps, settings.num_frames, settings.size)
     except (ClipError, ArchiveError) as error:
         return {**entry, "cause": str(error)}, None
+    except Exception as error:  # whatever a damaged file sets off: it must not end a run of 70,000
+        return {**entry, "cause": f"unreadable: {type(error).__name__}: {error}"}, None
     times = decoded.times.tolist()
     entry |= {"lines": lines, "lines_split": lines_split, "times": times}
     return {**entry, "seconds": [round(times[0], 6), round(times[-1], 6)]}, decoded.frames

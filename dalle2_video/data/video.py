@@ -33,6 +33,9 @@ from torch import Tensor
 from dalle2_video.data.atomic import whole
 
 
+MOST_PIXELS = 8192 * 4320  # of a frame; beyond it a header is damaged, or made to fill the memory
+
+
 class ClipError(ValueError):
     """A clip cannot be used; the message is the cause, as the manifest lists it."""
 
@@ -79,6 +82,10 @@ def decode_clip(
             if not container.streams.video:
                 raise ClipError("has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ClipError("no video, or damaged: its codec is unknown")
+            if stream.width * stream.height > MOST_PIXELS:
+                raise ClipError(f"its frames are too large: {stream.width} x {stream.height}")
             aspect = float(stream.sample_aspect_ratio or 1)
             tick = float(stream.time_base or Fraction(1, 1000))
             # Containers round time stamps to their tick: Matroska writes 1/15 s as 67 ms.

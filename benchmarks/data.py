@@ -1,0 +1,334 @@
+"""The data path at the size of CelebV-Text: preprocess against the decoder's own speed, reading.
+
+    python examples/real_clips.py --out data/real
+    pip install opencv-python-headless               # for the straightforward way alone
+    python -m benchmarks.data preprocess --real data/real
+    python -m benchmarks.data read
+    python -m benchmarks.data index
+
+`preprocess` makes clips like CelebV-Text's from the real ones (512 px, 25 fps, 14 s, 5.7 Mbit/s,
+which is 700 GB over 70,000 clips), a few that are repeated under new ids, and times in turn, in the
+same number of processes: decoding the frames that are needed and nothing else; our preprocess; and
+the straightforward way (OpenCV reads 150 frames, PIL resizes each to 224 px, float32 into HDF5).
+`read` times collate on a file of more than 4 GB, from a warm page cache and a cold one. `index`
+opens 70,000 clips over 70 shards and shuffles an epoch. Each writes
+benchmarks/results/data_<name>.json; the ratios are of one run.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import shutil
+import statistics
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import h5py
+import numpy as np
+from av.video.reformatter import Interpolation
+from PIL import Image
+
+from dalle2_video.data.archives import Member, find_sources
+from dalle2_video.data.atomic import write_json
+from dalle2_video.data.captions import CATEGORIES, CaptionPolicy
+from dalle2_video.data.config import DataConfig
+from dalle2_video.data.dataset import CelebVTextDataset, ClipOrder
+from dalle2_video.data.pool import WorkerPool
+from dalle2_video.data.preprocess import preprocess
+from dalle2_video.data.store import ClipStore, Settings, ShardWriter, shard_paths
+from dalle2_video.data.texts import write_texts
+from dalle2_video.evaluation.provenance import provenance
+
+SETTINGS = Settings(8.0, 16, 64)
+RATE, SECONDS, SIDE, BITS = 25, 14, 512, 5_700_000
+STRAIGHT_FRAMES, STRAIGHT_SIDE = 150, 224
+SPLITS = {"train": 0.9, "val": 0.05, "test": 0.05}
+
+
+# ---------------------------------------------------------------- clips
+
+
+def like_celebvtext(video: bytes) -> bytes:
+    """A real clip, enlarged and played to and fro until it lasts SECONDS, at CelebV-Text's rate."""
+    with av.open(io.BytesIO(video)) as container:
+        frames = [frame for frame in container.decode(video=0)]
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(RATE))
+        stream.width = stream.height = SIDE
+        stream.pix_fmt, stream.bit_rate = "yuv420p", BITS
+        stream.options = {"preset": "medium"}
+        for k in range(RATE * SECONDS):
+            place = k % (2 * len(frames) - 2)
+            source = frames[min(place, 2 * len(frames) - 2 - place)]
+            frame = source.reformat(SIDE, SIDE, "yuv420p", interpolation=Interpolation.LANCZOS)
+            frame.pts, frame.time_base = k, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def write_archive(real: Path, path: Path, kinds: int, clips: int) -> float:
+    """A zip of `clips` clips, `kinds` different ones; returns megabytes per clip."""
+    videos: list[bytes] = []
+    for archive in sorted(real.glob("*.zip")):
+        with zipfile.ZipFile(archive) as file:
+            videos += [file.read(name) for name in file.namelist() if name.endswith(".mp4")]
+    chosen = [like_celebvtext(video) for video in videos[:: max(1, len(videos) // kinds)][:kinds]]
+    with zipfile.ZipFile(path, "w") as file:
+        for k in range(clips):
+            name = f"bench_{k:05d}_0_0"
+            file.writestr(f"videos/celebvtext_6/{name}.mp4", chosen[k % len(chosen)])
+            for category in CATEGORIES:
+                text = f"This is line one of {category}.\nAnd a second one, a little longer.\n" * 2
+                file.writestr(f"texts/{category}/{name}.txt", text)
+    return statistics.mean(map(len, chosen)) / 1e6
+
+
+# ---------------------------------------------------------------- three ways
+
+
+def decode_only(member: Member) -> int:
+    """The frames up to the last one that preprocess needs, decoded and thrown away."""
+    last = (SETTINGS.num_frames - 1) / SETTINGS.fps
+    count = 0
+    with av.open(io.BytesIO(member.read())) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for frame in container.decode(stream):
+            count += 1
+            if frame.time is not None and frame.time > last:
+                break
+    return count
+
+
+def straightforward(member: Member) -> np.ndarray:
+    """OpenCV, PIL and float32: what a first version looks like."""
+    import cv2  # type: ignore[import-not-found]
+
+    path = Path(f"/tmp/straightforward_{os.getpid()}.mp4")
+    path.write_bytes(member.read())
+    cv2.setNumThreads(1)
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while len(frames) < STRAIGHT_FRAMES:
+        good, image = capture.read()
+        if not good:
+            break
+        rgb = Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+        small = rgb.resize((STRAIGHT_SIDE, STRAIGHT_SIDE), Image.Resampling.BILINEAR)
+        frames.append(np.asarray(small, np.float32) / 127.5 - 1)
+    capture.release()
+    path.unlink()
+    return np.stack(frames)
+
+
+def rate_of_decoding(archive: Path, workers: int) -> float:
+    """Clips per second of `decode_only` in the same kind of processes."""
+    (source,) = find_sources(archive).sources
+    tasks = ((clip, (member,)) for clip, member in sorted(source.videos.items()))
+    return _rate(decode_only, tasks, len(source.videos), workers, lambda _: None)
+
+
+def rate_of_straightforward(archive: Path, workers: int, clips: int, out: Path) -> float:
+    """Clips per second of the straightforward way, into one HDF5 file."""
+    (source,) = find_sources(archive).sources
+    some = sorted(source.videos.items())[:clips]
+    with h5py.File(out / "straightforward.h5", "w") as file:
+        count = iter(range(clips))
+        rate = _rate(
+            straightforward,
+            ((clip, (member,)) for clip, member in some),
+            len(some),
+            workers,
+            lambda frames: file.create_dataset(str(next(count)), data=frames),
+        )
+    (out / "straightforward.h5").unlink()
+    return rate
+
+
+def _rate(
+    function: Callable[[Member], Any],
+    tasks: Iterable[tuple[str, tuple]],
+    clips: int,
+    workers: int,
+    take: Callable[[Any], object],
+) -> float:
+    with WorkerPool(function, workers, ["benchmarks.data"]) as pool:
+        begun = None
+        for _, future in pool.map(tasks):
+            take(future.result())
+            begun = begun or time.perf_counter()  # the first result pays for the workers' start
+        assert begun is not None
+        return (clips - 1) / (time.perf_counter() - begun)
+
+
+def rate_of_preprocess(archive: Path, workers: int, out: Path) -> float:
+    """Clips per second of our preprocess, from the start of its workers to the manifest."""
+    shutil.rmtree(out / "store", ignore_errors=True)
+    config = DataConfig(
+        "bench", str(archive), str(out / "store"), SETTINGS.fps, SETTINGS.num_frames,
+        SETTINGS.size, 0, SPLITS, workers, 60, False, None,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    summary = preprocess(config)
+    return summary.clips / (time.perf_counter() - begun)
+
+
+def bench_preprocess(real: Path, out: Path, workers: int, clips: int, rounds: int) -> dict:
+    """The figures of `preprocess`: the median of ratios of neighbouring runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    archive = out / "bench.zip"
+    figures = {"megabytes_per_clip": write_archive(real, archive, 4, clips)}
+    decode, ours, straight = [], [], []
+    for _ in range(rounds):
+        decode.append(rate_of_decoding(archive, workers))
+        ours.append(rate_of_preprocess(archive, workers, out))
+        straight.append(rate_of_straightforward(archive, workers, max(8, clips // 20), out))
+        print(f"clips/s: decode {decode[-1]:.1f}, ours {ours[-1]:.1f}, other {straight[-1]:.2f}")
+    figures |= {
+        "workers": workers,
+        "clips": clips,
+        "decode_only_clips_per_second": statistics.median(decode),
+        "preprocess_clips_per_second": statistics.median(ours),
+        "straightforward_clips_per_second": statistics.median(straight),
+        "preprocess_over_decode_limit": _ratio(ours, decode),
+        "preprocess_over_straightforward": _ratio(ours, straight),
+        "hours_for_70000_clips": 70_000 / statistics.median(ours) / 3600,
+    }
+    return figures
+
+
+def _ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def write_big_store(root: Path, shards: int, per_shard: int, settings: Settings) -> None:
+    """A store of noise with short texts."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, *settings.shape), dtype=np.uint8)
+    times = np.arange(settings.num_frames) / settings.fps
+    for shard in range(shards):
+        name = f"big_{shard:03d}"
+        ids = [f"b{shard:03d}{k:06d}x_0_0" for k in range(per_shard)]
+        with ShardWriter(root, name, settings) as writer:
+            for k in range(per_shard):
+                writer.append(noise[k % len(noise)], times)
+        lines = {category: ["One line.", "And another one."] for category in CATEGORIES}
+        write_texts(shard_paths(root, name)[1], [lines] * per_shard)
+        rows = [{"clip": c, "status": "kept", "row": k} for k, c in enumerate(ids)]
+        index = {"format": 1, "settings": asdict(settings), "clips": rows}
+        write_json(shard_paths(root, name)[2], index)
+
+
+def bench_read(out: Path, batch: int, rounds: int) -> dict:
+    """Collate in one process, on one file of 4.2 GB; cold against a plain sequential read."""
+    root = out / "big"
+    if not root.exists():
+        write_big_store(root, 1, 21_500, SETTINGS)
+    store = ClipStore.open(root, {"train": 1.0})
+    data = CelebVTextDataset(store, "train", 0, CaptionPolicy())
+    path = shard_paths(root, "big_000")[0]
+    warm, cold, plain, both = [], [], [], []
+    for k in range(rounds):
+        _read(path)
+        counters = range(k * 10_000, k * 10_000 + 8_000, batch)
+        batches = [[data.pointer(c) for c in range(n, n + batch)] for n in counters]
+        begun = time.perf_counter()
+        for pointers in batches:
+            data.collate(pointers)
+        warm.append(8_000 / (time.perf_counter() - begun))
+        size = path.stat().st_size
+        _forget(path)
+        begun = time.perf_counter()
+        _read(path)
+        plain.append(size / (time.perf_counter() - begun))
+        _forget(path)
+        begun = time.perf_counter()
+        positions = list(range(len(data)))
+        for n in range(0, len(positions), batch):
+            data.collate([data.eval_pointer(i) for i in positions[n : n + batch]])
+        cold.append(size / (time.perf_counter() - begun))
+        both.append(cold[-1] / plain[-1])
+        print(
+            f"warm {warm[-1]:.0f} clips/s; cold {cold[-1] / 1e9:.2f} of {plain[-1] / 1e9:.2f} GB/s"
+        )
+    return {
+        "gigabytes": path.stat().st_size / 1e9,
+        "collate_warm_clips_per_second": statistics.median(warm),
+        "collate_cold_gigabytes_per_second": statistics.median(cold) / 1e9,
+        "sequential_read_gigabytes_per_second": statistics.median(plain) / 1e9,
+        "collate_cold_over_sequential_read": statistics.median(both),
+    }
+
+
+def _read(path: Path) -> None:
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(1 << 23)
+        while file.readinto(buffer):
+            pass
+
+
+def _forget(path: Path) -> None:
+    """Out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bench_index(out: Path) -> dict:
+    """70,000 clips of 2 x 2 px over 70 shards."""
+    root = out / "index70"
+    if not root.exists():
+        write_big_store(root, 70, 1_000, Settings(8.0, 2, 2))
+    begun = time.perf_counter()
+    store = ClipStore.open(root, SPLITS)
+    opened = time.perf_counter()
+    data = CelebVTextDataset(store, "train", 0, CaptionPolicy())
+    split = time.perf_counter()
+    order = ClipOrder(len(data), 0, store.shard_numbers(data.clips))
+    order(random.Random(0).randrange(len(data)))
+    shuffled = time.perf_counter()
+    return {
+        "clips": len(store),
+        "open_seconds": opened - begun,
+        "split_seconds": split - opened,
+        "shuffle_seconds": shuffled - split,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["preprocess", "read", "index"])
+    parser.add_argument("--real", type=Path, default=Path("data/real"), help="of real_clips.py")
+    parser.add_argument("--out", type=Path, default=Path("data/bench"), help="scratch space")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--clips", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    a = parser.parse_args()
+    if a.what == "preprocess":
+        figures = bench_preprocess(a.real, a.out, a.workers, a.clips, a.rounds)
+    elif a.what == "read":
+        figures = bench_read(a.out, a.batch, a.rounds)
+    else:
+        figures = bench_index(a.out)
+    figures |= provenance()
+    write_json(Path(__file__).parent / "results" / f"data_{a.what}.json", figures)
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
