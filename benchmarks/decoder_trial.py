@@ -48,7 +48,7 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
     batch = dataset.collate(pointers)
     assert batch.frames is not None and batch.embeddings is not None
     text = TextEncoder(conditions.clip)(batch)
-    condition = Condition.of(batch.embeddings, text.states, text.mask, text.embedding)
+    condition = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
 
     x0 = to_float(batch.frames)
     motion = x0 - x0.mean(2, keepdim=True)

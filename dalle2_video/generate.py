@@ -265,7 +265,7 @@ class Cascade:
                 embedding = sample_embeddings(
                     self.prior, self.prior.whiten, self.prior_diffusion, text, counters, config
                 )
-                condition = Condition.of(embedding, text.states, text.mask, text.embedding)
+                condition = Condition.of(embedding, text.states, text.place, text.embedding)
                 video = sample_clips(
                     self.base,
                     self.base.config.clip_shape,

@@ -68,7 +68,8 @@ def test_mask_is_causal_behind_the_text() -> None:
 
 def test_sampling_keeps_the_nearer_of_the_draws_and_is_keyed() -> None:
     _, _, text, mask, embedding, _ = inputs(4, 1)
-    encoding = TextEncoding(embedding, text, mask)
+    place = torch.where(mask, torch.arange(mask.shape[1]), -1)
+    encoding = TextEncoding(embedding, text, place)
     diffusion = DiffusionConfig("x0", "x0")
 
     def identity(z, log_snr, *rest):  # x0 = z: each draw keeps the direction it starts with
@@ -84,7 +85,7 @@ def test_sampling_keeps_the_nearer_of_the_draws_and_is_keyed() -> None:
     assert ((four * embedding).sum(-1) >= (sample(1) * embedding).sum(-1) - 0.5).all()
     assert (four * embedding).sum() > (sample(1) * embedding).sum()
     torch.testing.assert_close(sample(2), two)
-    half = TextEncoding(embedding[2:], text[2:], mask[2:])
+    half = TextEncoding(embedding[2:], text[2:], place[2:])
     alone = sample_embeddings(
         identity, whiten, diffusion, half, counters[2:], SampleConfig(prior_draws=2, prior_steps=2)
     )

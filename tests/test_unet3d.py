@@ -14,7 +14,7 @@ from dalle2_video.models.attention import (
     TemporalAttention,
 )
 from dalle2_video.models.layers import SpatialConv, channels_to_space, space_to_channels
-from dalle2_video.models.unet3d import Block, Condition, Unet3D, UnetConfig
+from dalle2_video.models.unet3d import Block, Condition, Neighbours, Unet3D, UnetConfig
 
 SMALL = UnetConfig(
     image_size=16, num_frames=4, patch=2, dim=32, mults=(1, 2), head_dim=16, cond_dim=32
@@ -32,10 +32,10 @@ def awake(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def inputs(batch: int = 2, frames: int = 4):
     torch.manual_seed(1)
-    mask = torch.ones(batch, 5, dtype=torch.bool)
-    mask[0, 3:] = False
+    place = torch.tensor([0, 1, 2, 0, 1]).repeat(batch, 1)  # two lines, of three tokens and two
+    place[0, 3:] = -1
     embedding, whole = F.normalize(torch.randn(2, batch, 24), dim=-1)
-    condition = Condition.of(embedding, torch.randn(batch, 5, 12), mask, whole)
+    condition = Condition.of(embedding, torch.randn(batch, 5, 12), place, whole)
     return torch.randn(batch, 3, frames, 16, 16), torch.linspace(-3, 3, batch), condition
 
 
@@ -96,11 +96,25 @@ def test_text_is_a_set_and_padding_is_unseen() -> None:
     garbage = condition.text.clone()
     garbage[0, 3:] = 50.0
     torch.testing.assert_close(net(z, log_snr, condition._replace(text=garbage)), out)
-    order = torch.tensor([4, 2, 0, 1, 3])
+    order = torch.tensor([3, 4, 0, 1, 2])  # the second line first
     shuffled = condition._replace(
-        text=condition.text[:, order], text_mask=condition.text_mask[:, order]
+        text=condition.text[:, order], text_place=condition.text_place[:, order]
     )
     torch.testing.assert_close(net(z, log_snr, shuffled), out, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_are_joined_with_their_neighbours_of_the_same_line_only() -> None:
+    """ "no glasses, beard" says another thing than "glasses, no beard"."""
+    module = awake(Neighbours(8))
+    x = torch.randn(1, 7, 8)
+    place = torch.tensor([[0, 1, 2, 0, 1, -1, -1]])
+    out = module(x, place)
+    for changed in range(7):
+        y = x.clone()
+        y[0, changed] += torch.randn(8)
+        moved = (module(y, place) - out)[0].abs().amax(-1) > 1e-6
+        line = {0, 1, 2} if changed < 3 else {3, 4} if changed < 5 else {changed}
+        assert set(moved.nonzero().flatten().tolist()) == {t for t in line if abs(t - changed) <= 1}
 
 
 def test_dropped_conditions_say_nothing_and_kept_ones_do() -> None:

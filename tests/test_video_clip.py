@@ -175,6 +175,8 @@ def test_a_set_is_the_normalised_mean_of_its_lines_and_their_states_in_a_row(mod
         assert int(text.mask[b].sum()) == len(states)
         assert torch.allclose(text.states[b, : len(states)], states, atol=1e-5)
         assert not text.states[b, len(states) :].any() and not text.mask[b, len(states) :].any()
+        place = torch.cat([torch.arange(int(a.length[0])) for a in alone])
+        assert torch.equal(text.place[b, : len(states)], place)
     assert text.mask.sum(dim=1).max() == text.states.shape[1]  # packed to the longest set
 
 

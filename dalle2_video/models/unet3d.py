@@ -6,7 +6,7 @@ cross attention. Deviations: layer norm over channels in place of group norm; a 
 (patch); an embedding of the frame's place in the clip is added behind the stem and to the time
 embedding, so that each frame has a condition of its own (what a caption says of a course of events
 differs by frame); the text's own embedding and its pooled states join the time embedding (GLIDE;
-Imagen, Saharia et al. 2022).
+Imagen, Saharia et al. 2022); each text token is first joined with its neighbours.
 B batch, F frames, H W, C channels, N text tokens.
 """
 
@@ -87,22 +87,23 @@ class Condition(NamedTuple):
     """What a clip is generated from; a dropped part is replaced by a learned null value.
 
     embedding: (B, D) l2-normalised video embedding; keep_embedding: (B,) bool.
-    text: (B, N, W) states of the text's tokens; text_mask: (B, N) bool; text_embedding: (B, D)
+    text: (B, N, W) states of the text's tokens; text_place: (B, N) int64, each token's place in its
+    line, -1 = padding; text_embedding: (B, D)
     l2-normalised embedding of the whole text; keep_text: (B,) bool.
     """
 
     embedding: Tensor
     keep_embedding: Tensor
     text: Tensor
-    text_mask: Tensor
+    text_place: Tensor
     text_embedding: Tensor
     keep_text: Tensor
 
     @staticmethod
-    def of(embedding: Tensor, text: Tensor, text_mask: Tensor, text_embedding: Tensor) -> Condition:
-        """Everything kept."""
+    def of(embedding: Tensor, text: Tensor, text_place: Tensor, whole: Tensor) -> Condition:
+        """Everything kept; whole: the text_embedding."""
         keep = torch.ones(len(embedding), dtype=torch.bool, device=embedding.device)
-        return Condition(embedding, keep, text, text_mask, text_embedding, keep)
+        return Condition(embedding, keep, text, text_place, whole, keep)
 
     def dropped(self) -> Condition:
         """The same with everything dropped, for the unconditional half of guidance."""
@@ -113,6 +114,26 @@ class Condition(NamedTuple):
     def cat(a: Condition, b: Condition) -> Condition:
         """Both along the batch; their numbers of tokens must agree."""
         return Condition(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
+
+
+class Neighbours(nn.Module):
+    """Adds to each token (B, N, C) what it makes of itself with the ones before and behind it.
+
+    Of its own line only, which place (B, N) tells, so lines stay a set. "no" and "glasses" become
+    "no glasses": a CLIP's text tower need not tie them where the picture hardly shows them.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mix = nn.Linear(3 * dim, dim)
+
+    def forward(self, x: Tensor, place: Tensor) -> Tensor:
+        y = self.norm(x)
+        follows = (place[:, 1:] == place[:, :-1] + 1) & (place[:, 1:] > 0)
+        before = F.pad(torch.where(follows[..., None], y[:, :-1], 0), (0, 0, 1, 0))
+        behind = F.pad(torch.where(follows[..., None], y[:, 1:], 0), (0, 0, 0, 1))
+        return x + F.gelu(self.mix(torch.cat([before, y, behind], dim=-1)))
 
 
 class ConditionEncoder(nn.Module):
@@ -135,6 +156,7 @@ class ConditionEncoder(nn.Module):
         self.text_embedding = nn.Linear(embedding_dim, dim)
         self.embedding_to_tokens = nn.Linear(embedding_dim, self.tokens * dim)
         self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
+        self.neighbours = Neighbours(dim)
         self.pool_score = nn.Linear(dim, 8)
         self.pool_norm = nn.LayerNorm(dim)
         self.pool = nn.Linear(8 * dim, dim)
@@ -165,7 +187,8 @@ class ConditionEncoder(nn.Module):
         keep = condition.keep_text[:, None]
         states = self.whiten_text(condition.text)
         text = self.text(torch.where(keep[..., None], states, self.null_text))
-        mask = torch.where(keep, condition.text_mask, first)
+        place = torch.where(keep, condition.text_place, first.long() - 1)
+        text, mask = self.neighbours(text, place), place >= 0
 
         score = self.pool_score(text).masked_fill(~mask[..., None], float("-inf")).softmax(1)
         pooled = self.pool_norm(torch.einsum("bnk,bnd->bkd", score, text)).flatten(1)

@@ -58,11 +58,18 @@ class VideoCLIPConfig:
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """embedding (B, D) float32, l2-normalised; states (B, N, W), 0 where mask (B, N) is False."""
+    """embedding (B, D) float32, l2-normalised; states (B, N, W) of the tokens of all lines; place
+    (B, N) int64, the place of each token in its line from 0 on, -1 = padding, whose state is 0.
+    """
 
     embedding: Tensor
     states: Tensor
-    mask: Tensor
+    place: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, N) bool: tokens, no padding."""
+        return self.place >= 0
 
 
 class ClipOutput(NamedTuple):
@@ -125,8 +132,9 @@ class VideoCLIP(nn.Module):
         Raises ValueError where a clip has no line at all.
         """
         lines = self.text(tokens)
-        states, mask = pack_states(lines, line_index)
-        return TextEncoding(set_embedding(lines.embedding, line_index), states, mask)
+        return TextEncoding(
+            set_embedding(lines.embedding, line_index), *pack_states(lines, line_index)
+        )
 
     def forward(self, video: Tensor, tokens: Tensor, line_index: Tensor) -> ClipOutput:
         """Embeddings of a batch of clips and of their texts; states are not packed here."""
@@ -146,7 +154,8 @@ def set_embedding(embedding: Tensor, line_index: Tensor) -> Tensor:
 
 
 def pack_states(lines: LineFeatures, line_index: Tensor) -> tuple[Tensor, Tensor]:
-    """The states of each set's lines up to EOT, one after the other: (B, N, W) and mask (B, N).
+    """The states of each set's lines up to EOT, one after the other: (B, N, W), and each token's
+    place in its line, int64 (B, N), -1 = padding.
 
     N is the number of tokens of the longest set of the batch.
     """
@@ -160,4 +169,4 @@ def pack_states(lines: LineFeatures, line_index: Tensor) -> tuple[Tensor, Tensor
     line = index.gather(1, slot)  # (B, N)
     start = ends.gather(1, slot) - length[line]
     token = torch.where(mask, position - start, 0)
-    return states[line, token] * mask.unsqueeze(-1), mask
+    return states[line, token] * mask.unsqueeze(-1), torch.where(mask, token, -1)

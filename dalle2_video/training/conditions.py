@@ -90,7 +90,7 @@ class TextEncoder:
         if self.clip.log_logit_scale.device != batch.tokens.device:
             self.clip.to(batch.tokens.device)
         text = self.clip.encode_text(batch.tokens, batch.line_index)
-        return TextEncoding(text.embedding.float(), text.states.float(), text.mask)
+        return TextEncoding(text.embedding.float(), text.states.float(), text.place)
 
 
 def draw_times(seed: int, counters: Tensor, stream: str) -> Tensor:

@@ -87,7 +87,7 @@ def decoder_stage(
             batch.embeddings,
             keep_embedding.to(step.device),
             text.states,
-            text.mask,
+            text.place,
             text.embedding,
             keep_text.to(step.device),
         )
@@ -101,7 +101,7 @@ def decoder_stage(
         batch = dataset.collate(pointers).to(accelerator.device)
         assert batch.embeddings is not None
         text = encode(batch)
-        condition = Condition.of(batch.embeddings, text.states, text.mask, text.embedding)
+        condition = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
         shape = section.model.clip_shape
         video = sample_clips(model, shape, diffusion, condition, batch.counters, sampling)
         frames = to_uint8(video).cpu().numpy()
