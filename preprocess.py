@@ -21,6 +21,7 @@ def main(cfg: DictConfig) -> None:
     from dalle2_video.data.archives import ArchiveError
     from dalle2_video.data.check import check_store
     from dalle2_video.data.config import DataConfig
+    from dalle2_video.data.pool import WorkerLost
     from dalle2_video.data.preprocess import preprocess
     from dalle2_video.data.store import StoreError
     from dalle2_video.training.stage import from_config
@@ -32,7 +33,7 @@ def main(cfg: DictConfig) -> None:
             print(report)
             raise SystemExit(1 if report.problems else 0)
         print(preprocess(config, part=cfg.part, parts=cfg.parts))
-    except (ArchiveError, StoreError) as error:
+    except (ArchiveError, StoreError, WorkerLost) as error:
         raise SystemExit(f"preprocess: {error}") from error
 
 

@@ -22,6 +22,7 @@ import os
 import random
 import shutil
 import statistics
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable
@@ -114,20 +115,20 @@ def straightforward(member: Member) -> np.ndarray:
     """OpenCV, PIL and float32: what a first version looks like."""
     import cv2  # type: ignore[import-not-found]
 
-    path = Path(f"/tmp/straightforward_{os.getpid()}.mp4")
-    path.write_bytes(member.read())
     cv2.setNumThreads(1)
-    capture = cv2.VideoCapture(str(path))
     frames = []
-    while len(frames) < STRAIGHT_FRAMES:
-        good, image = capture.read()
-        if not good:
-            break
-        rgb = Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-        small = rgb.resize((STRAIGHT_SIDE, STRAIGHT_SIDE), Image.Resampling.BILINEAR)
-        frames.append(np.asarray(small, np.float32) / 127.5 - 1)
-    capture.release()
-    path.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(member.read())
+        file.flush()
+        capture = cv2.VideoCapture(file.name)
+        while len(frames) < STRAIGHT_FRAMES:
+            good, image = capture.read()
+            if not good:
+                break
+            rgb = Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+            small = rgb.resize((STRAIGHT_SIDE, STRAIGHT_SIDE), Image.Resampling.BILINEAR)
+            frames.append(np.asarray(small, np.float32) / 127.5 - 1)
+        capture.release()
     return np.stack(frames)
 
 

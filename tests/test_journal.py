@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle2_video.data.journal import Journal, remove_journal
+from dalle2_video.data.journal import Journal
 from dalle2_video.data.store import StoreError
 
 SHAPE = (2, 4, 4, 3)
@@ -67,8 +67,22 @@ def test_a_journal_of_other_settings_is_thrown_away(tmp_path: Path) -> None:
         assert journal.clips == [] and journal.rows == 0
         journal.append({"clip": "9", "status": "kept"}, frames(9))
         assert [int(f.mean()) for f in journal.frames()] == [9]
-    remove_journal(tmp_path, "s")
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fresh_one_takes_nothing_over(tmp_path: Path) -> None:
+    begin(tmp_path)
+    with Journal(tmp_path, "s", MADE_FROM, SHAPE, fresh=True) as journal:
+        assert journal.clips == [] and journal.frames_path.stat().st_size == 0
+
+
+def test_a_clip_whose_worker_was_lost_gets_another_chance(tmp_path: Path) -> None:
+    with Journal(tmp_path, "s", MADE_FROM, SHAPE) as journal:
+        journal.append({"clip": "0", "status": "skipped", "cause": "died", "lost": True})
+        journal.append({"clip": "1", "status": "kept"}, frames(1))
+    with Journal(tmp_path, "s", MADE_FROM, SHAPE) as journal:
+        assert [clip["clip"] for clip in journal.clips] == ["1"]
+        journal.append({"clip": "0", "status": "kept"}, frames(0))
+        assert [int(f.mean()) for f in journal.frames()] == [1, 0]
 
 
 def test_a_disk_that_changes_frames_is_found(tmp_path: Path) -> None:

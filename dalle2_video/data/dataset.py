@@ -1,8 +1,9 @@
 """The data set of captioned clips: pointers to clips in a keyed order; collate loads.
 
 The order of training is a function of (seed, global clip counter): counter // n is the epoch, and
-each epoch is its own permutation, which goes through the shards in groups. A micro-batch is named by its counters alone, so any rank, worker
-or resumed run that asks for the same counters gets the same frames and the same captions.
+each epoch is its own permutation, which goes through the shards in groups. A micro-batch is named
+by its counters alone, so any rank, worker or resumed run that asks for the same counters gets the
+same frames and the same captions.
 Evaluation goes once over a split in index order. Embeddings are found by clip key, never by place.
 
 Letters: B clips, F frames, H W pixels, U unique caption lines, L lines per clip, T tokens, D width.

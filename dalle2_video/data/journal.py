@@ -17,7 +17,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -34,17 +33,23 @@ class Journal:
     """Context that appends clips. `clips`: a dict per clip so far, those of a stopped run first.
 
     made_from: settings and fingerprint; a journal of others is thrown away. A kept clip's dict has
-    a "row", its place among the kept ones, and a "hash". An error leaves both files in place.
-    StoreError where another process has it open.
+    a "row", its place among the kept ones, and a "hash". One marked "lost" (its worker died or was
+    stopped) is not taken over, so it gets another chance. An error leaves both files in place.
+    fresh: takes nothing over. StoreError where another process has it open.
     """
 
     def __init__(
-        self, folder: Path, shard: str, made_from: dict[str, Any], shape: tuple[int, ...]
+        self,
+        folder: Path,
+        shard: str,
+        made_from: dict[str, Any],
+        shape: tuple[int, ...],
+        fresh: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.frames_path = folder / f".{shard}.frames.partial"
         self.clips_path = folder / f".{shard}.clips.partial"
-        self.made_from, self.shape = made_from, shape
+        self.made_from, self.shape, self.fresh = made_from, shape, fresh
         self.clips: list[dict[str, Any]] = []
         self.rows = 0
 
@@ -56,7 +61,7 @@ class Journal:
         except BlockingIOError as error:
             self.close()
             raise StoreError(f"another preprocess is at work on {self.clips_path}") from error
-        place = self._read()
+        place = 0 if self.fresh else self._read()
         self._clips.truncate(place)
         self._frames.truncate(self.rows * int(np.prod(self.shape)))
         if not place:
@@ -65,7 +70,7 @@ class Journal:
 
     def _read(self) -> int:
         """Takes over what is whole; returns the bytes of lines that are."""
-        frames = np.memmap(self.frames_path, np.uint8, "r") if self._size() else np.empty(0)
+        frames = np.memmap(self.frames_path, np.uint8, "r") if self.frames_path.stat().st_size else np.empty(0)
         step = int(np.prod(self.shape))
         place = 0
         with open(self.clips_path, "rb") as file:
@@ -81,13 +86,10 @@ class Journal:
                     if len(data) < step or frames_hash(data) != clip["hash"]:
                         break
                     self.rows += 1
-                if number:
+                if number and not clip.get("lost"):
                     self.clips.append(clip)
                 place += len(line)
         return place
-
-    def _size(self) -> int:
-        return self.frames_path.stat().st_size
 
     def append(self, clip: dict[str, Any], frames: np.ndarray | None = None) -> None:
         """Adds a clip; frames uint8 of the shard's shape, or None where it is left out."""
@@ -126,18 +128,5 @@ class Journal:
         self._clips.close()
         self._frames.close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def remove_journal(folder: Path, shard: str) -> None:
-    """Throws away what a stopped run left of a shard."""
-    for name in ("frames", "clips"):
-        (folder / f".{shard}.{name}.partial").unlink(missing_ok=True)
-
-

@@ -26,7 +26,7 @@ from dalle2_video.data.archives import ArchiveError, Catalogue, Member, Source, 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CATEGORIES, CaptionError, read_text, split_line
 from dalle2_video.data.config import DataConfig, FacesConfig, open_store
-from dalle2_video.data.journal import Journal, remove_journal
+from dalle2_video.data.journal import Journal
 from dalle2_video.data.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.pool import WorkerLost, WorkerPool
 from dalle2_video.data.store import (
@@ -77,8 +77,6 @@ def preprocess(
             WorkerPool(_make_clip, config.workers, PRELOAD, config.seconds_per_clip) as pool,
         ):
             for source in todo:
-                if config.overwrite:
-                    remove_journal(out / "videos", source.name)
                 bar.set_postfix_str(source.name)
                 made += _make_shard(config, source, known, pool, bar)
         return write_manifest(config, catalogue.problems, made, len(todo), begun)
@@ -192,18 +190,18 @@ def _make_shard(
     frame_path, text_path, index_path = shard_paths(out, source.name)
     index_path.unlink(missing_ok=True)  # from here until the end this shard does not exist
     made_from = {"format": FORMAT, "settings": asdict(settings), "clips": source.fingerprint()}
-    with Journal(frame_path.parent, source.name, made_from, settings.shape) as journal:
+    shape, fresh = settings.shape, config.overwrite
+    with Journal(frame_path.parent, source.name, made_from, shape, fresh) as journal:
         have = {clip["clip"] for clip in journal.clips}
         bar.update(len(have))
         for clip, future in pool.map(_tasks(source, settings, known, have)):
-            cause, made = "", None
             try:
                 made = future.result()
             except WorkerLost as error:
-                cause = str(error)
-            if made is None and not cause:
-                cause = f"a second copy: shard {known[clip]} holds this clip"
-            entry, frames = made or ({"cause": cause}, None)
+                made = {"cause": str(error), "lost": True}, None
+            if made is None:
+                made = {"cause": f"a second copy: shard {known[clip]} holds this clip"}, None
+            entry, frames = made
             if frames is None:
                 file = source.videos[clip].name
                 journal.append({"clip": clip, "status": "skipped", "file": file, **entry})

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from dalle2_video.data.atomic import whole
 
-
 MOST_PIXELS = 8192 * 4320  # of a frame; beyond it a header is damaged, or made to fill the memory
 
 

@@ -88,8 +88,8 @@ class Condition(NamedTuple):
 
     embedding: (B, D) l2-normalised video embedding; keep_embedding: (B,) bool.
     text: (B, N, W) states of the text's tokens; text_place: (B, N) int64, each token's place in its
-    line, -1 = padding; text_embedding: (B, D)
-    l2-normalised embedding of the whole text; keep_text: (B,) bool.
+    line, -1 = padding; text_embedding: (B, D) l2-normalised embedding of the whole text; keep_text:
+    (B,) bool.
     """
 
     embedding: Tensor
@@ -100,10 +100,12 @@ class Condition(NamedTuple):
     keep_text: Tensor
 
     @staticmethod
-    def of(embedding: Tensor, text: Tensor, text_place: Tensor, whole: Tensor) -> Condition:
-        """Everything kept; whole: the text_embedding."""
+    def of(
+        embedding: Tensor, text: Tensor, text_place: Tensor, text_embedding: Tensor
+    ) -> Condition:
+        """Everything kept."""
         keep = torch.ones(len(embedding), dtype=torch.bool, device=embedding.device)
-        return Condition(embedding, keep, text, text_place, whole, keep)
+        return Condition(embedding, keep, text, text_place, text_embedding, keep)
 
     def dropped(self) -> Condition:
         """The same with everything dropped, for the unconditional half of guidance."""
