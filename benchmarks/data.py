@@ -177,7 +177,7 @@ def rate_of_preprocess(archive: Path, workers: int, out: Path) -> float:
     shutil.rmtree(out / "store", ignore_errors=True)
     config = DataConfig(
         "bench", str(archive), str(out / "store"), SETTINGS.fps, SETTINGS.num_frames,
-        SETTINGS.size, 0, SPLITS, workers, 60, False, None,
+        SETTINGS.size, "first", "one", "raw", 0, SPLITS, workers, 60, False, None,
     )  # fmt: skip
     begun = time.perf_counter()
     summary = preprocess(config)

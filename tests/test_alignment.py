@@ -28,8 +28,9 @@ def dataset(tmp_path_factory) -> CelebVTextDataset:
     root = tmp_path_factory.mktemp("faces")
     faces = FacesConfig(60, 64, 8.0, 2.0, 0)
     config = DataConfig(
-        "faces", str(root), None, 4.0, 8, 32, 0, {"all": 1.0}, 0, None, False, faces
-    )
+        "faces", str(root), None, 4.0, 8, 32, "first", "one", "raw", 0, {"all": 1.0}, 0, None,
+        False, faces,
+    )  # fmt: skip
     preprocess(config)
     return CelebVTextDataset(open_store(config), "all", 0, CaptionPolicy(drop=False))
 

@@ -34,7 +34,7 @@ def test_a_whole_store_passes_and_is_described(root: Path) -> None:
     assert (report.clips, report.shards, report.lines_per_clip) == (5, 2, 9.0)
     assert sum(report.clips_by_split.values()) == sum(report.people_by_split.values()) == 5
     assert report.clips_by_category["emotion"] == 5
-    assert "0 problems" in str(report) and "5 clips in 2 shards" in str(report)
+    assert "0 problems" in str(report) and "5 clips (5 windows) in 2 shards" in str(report)
     assert json.loads((root / "check.json").read_text())["clips"] == 5
     with Image.open(root / "check.png") as sheet:
         assert sheet.width > 300 and sheet.height > 5 * 100
@@ -46,7 +46,7 @@ def test_changed_frames_times_and_plain_clips_are_named(root: Path) -> None:
         file["frames"][2] = 7
         file["times"][0] = [0, 0.2, 0.1, 0.6, 0.8, np.nan]
     report = check_store(config(root))
-    assert report.plain == [clip_id(3)]
+    assert report.plain == [f"{clip_id(3)}:0"]
     named = "\n".join(report.problems)
     assert len(report.problems) == 3
     assert f"a: clip {clip_id(1)}: its times do not rise" in named

@@ -42,6 +42,9 @@ def config(root: Path, **changes) -> DataConfig:
         fps=5.0,
         num_frames=6,
         size=16,
+        span="first",
+        windows="one",
+        encoding="raw",
         split_seed=0,
         splits=SPLITS,
         workers=0,
@@ -340,13 +343,14 @@ def stop(self, clip, frames=None):
     count += 1
     if count == 9:
         print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
-        self._frames.write(frames[:2])  # in the middle of a clip
+        self._frames.write(frames[0][:2])  # in the middle of a clip
         self._frames.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     return append(self, clip, frames)
 Journal.append = stop
 splits = {"train": 1.0}
-preprocess(DataConfig("test", sys.argv[1], None, 5.0, 6, 16, 0, splits, 2, None, False, None))
+stored = 5.0, 6, 16, "first", "one", "raw"
+preprocess(DataConfig("test", sys.argv[1], None, *stored, 0, splits, 2, None, False, None))
 """
 
 
@@ -478,7 +482,8 @@ from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess import preprocess
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # room for 6 clips of 4,608 bytes
 splits = {"train": 1.0}
-preprocess(DataConfig("test", sys.argv[1], None, 5.0, 6, 16, 0, splits, 0, None, False, None))
+stored = 5.0, 6, 16, "first", "one", "raw"
+preprocess(DataConfig("test", sys.argv[1], None, *stored, 0, splits, 0, None, False, None))
 """
 
 
@@ -525,6 +530,9 @@ def test_the_section_is_checked_before_any_work() -> None:
         "fps": 4,
         "num_frames": 8,
         "size": 32,
+        "span": "first",
+        "windows": "one",
+        "encoding": "raw",
         "split_seed": 0,
         "splits": {"train": 1.0},
         "workers": 0,
@@ -539,6 +547,8 @@ def test_the_section_is_checked_before_any_work() -> None:
         from_config(DataConfig, {k: v for k, v in section.items() if k != "size"}, "data")
     with pytest.raises(ConfigError, match="fps, num_frames and size must be positive"):
         from_config(DataConfig, {**section, "fps": 0}, "data")
+    with pytest.raises(ConfigError, match="span must be first or full, not last"):
+        from_config(DataConfig, {**section, "span": "last"}, "data")
 
 
 def test_the_script(tmp_path: Path) -> None:

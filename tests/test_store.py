@@ -206,7 +206,7 @@ def test_a_truncated_shard_is_named(root: Path) -> None:
 def test_a_shard_with_fewer_rows_than_its_index_is_named(root: Path) -> None:
     with ShardWriter(root, "b_archive", SETTINGS) as writer:
         writer.append(np.zeros(SETTINGS.shape, np.uint8), np.zeros(4))
-    with pytest.raises(StoreError, match=r"b_archive\.h5 holds \(1, .* says 20 clips"):
+    with pytest.raises(StoreError, match=r"b_archive\.h5 holds \(1, .* says 20 windows"):
         ClipStore.open(root, SPLITS)
 
 

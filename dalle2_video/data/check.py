@@ -6,6 +6,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CONTEXT, END, START, Line
 from dalle2_video.data.config import DataConfig
-from dalle2_video.data.journal import frames_hash
+from dalle2_video.data.journal import stored_hash
 from dalle2_video.data.sheet import save_sheet
 from dalle2_video.data.store import (
     ClipStore,
@@ -32,12 +33,13 @@ ON_SHEET = 12  # random clips
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was read. problems: a sentence each, naming shard and clip; plain: clips of one colour
+    """What was read. problems: a sentence each, naming shard and clip; plain: windows of one colour
     (black at the start of a film, say: no problem, but worth a look).
     """
 
     store: str
     clips: int
+    windows: int
     shards: int
     gigabytes: float
     clips_by_split: dict[str, int]
@@ -56,7 +58,8 @@ class CheckReport:
         )
         texts = ", ".join(f"{name} {count}" for name, count in self.clips_by_category.items())
         rows = [
-            f"{self.store}: {self.clips} clips in {self.shards} shards, {self.gigabytes:.3f} GB",
+            f"{self.store}: {self.clips} clips ({self.windows} windows) in {self.shards} shards, "
+            f"{self.gigabytes:.3f} GB",
             f"splits: {splits}",
             f"texts: {self.lines_per_clip:.1f} lines per clip; clips with each kind: {texts}",
         ]
@@ -86,21 +89,29 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
         if clip["status"] == "kept"
     }
     plain, kinds, lines = [], Counter(), 0
-    for clip in tqdm(range(len(store)), unit="clip", desc="check", mininterval=0.5):
-        name = store.clip_ids[clip]
+    bar = tqdm(total=len(store), unit="window", desc="check", mininterval=0.5)
+    for name, group in groupby(range(len(store)), store.clip_ids.__getitem__):
+        windows = list(group)
+        where = f"{store.home(windows[0])}: clip {name}"
         try:
-            frames, texts = store.frames([clip])[0], store.lines(clip)
-            problems += [f"{store.home(clip)}: clip {name}: {p}" for p in _times(store, clip)]
+            stored = [store.stored(window) for window in windows]
+            texts = store.lines(windows[0])
+            if hashes[name] not in (None, stored_hash(stored)):
+                problems.append(f"{where}: its frames have changed on disk")
+            for window in windows:
+                frames = store.frames([window])
+                problems += [f"{where}: {problem}" for problem in _times(store, window)]
+                if frames.min() == frames.max():
+                    plain.append(store.key(window))
         except (OSError, StoreError, IndexError, ValueError) as error:
-            problems.append(f"{store.home(clip)}: clip {name} cannot be read: {error}")
+            problems.append(f"{where} cannot be read: {error}")
             continue
-        if hashes[name] not in (None, frames_hash(frames)):
-            problems.append(f"{store.home(clip)}: clip {name}: its frames have changed on disk")
-        if frames.min() == frames.max():
-            plain.append(name)
+        finally:
+            bar.update(len(windows))
         kinds.update(texts.keys())
         lines += sum(map(len, texts.values()))
-        problems += [f"{store.home(clip)}: clip {name}: {p}" for p in _texts(texts)]
+        problems += [f"{where}: {problem}" for problem in _texts(texts)]
+    bar.close()
     by_split, people = _splits(store, problems)
     names = sorted(random.Random(seed).sample(range(len(store)), min(ON_SHEET, len(store))))
     sheet = root / "check.png"
@@ -108,12 +119,13 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
     size = sum(f.stat().st_size for p in index_paths(root) for f in shard_paths(root, p.stem))
     report = CheckReport(
         store=str(root),
-        clips=len(store),
+        clips=len(hashes),
+        windows=len(store),
         shards=len(store.shards),
         gigabytes=size / 1e9,
         clips_by_split=by_split,
         people_by_split=people,
-        lines_per_clip=lines / max(1, len(store)),
+        lines_per_clip=lines / max(1, len(hashes)),
         clips_by_category=dict(sorted(kinds.items())),
         plain=plain,
         without_hash=sum(value is None for value in hashes.values()),
@@ -142,7 +154,7 @@ def _texts(texts: dict[str, list[Line]]) -> Iterator[str]:
 
 
 def _splits(store: ClipStore, problems: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Clips and videos of each split; a video in two splits is a problem."""
+    """Windows and videos of each split; a video in two splits is a problem."""
     home: defaultdict[str, set[str]] = defaultdict(set)
     counts: dict[str, int] = {}
     for name in store.splits:

@@ -24,7 +24,7 @@ class DataConfig:
     """Section `data`.
 
     name: a label. root: the folder of the archives. out: of the store, None = root. fps,
-    num_frames, size (side in pixels): of the stored clips. splits: name -> fraction, with
+    num_frames, size, span, windows, encoding: how the clips are stored, see Settings. splits: name -> fraction, with
     split_seed. workers: processes, 0 = none. seconds_per_clip: a clip that keeps a worker longer is
     left out; None = no limit. overwrite: make shards again that are there. faces: or None.
     """
@@ -35,6 +35,9 @@ class DataConfig:
     fps: float
     num_frames: int
     size: int
+    span: str
+    windows: str
+    encoding: str
     split_seed: int
     splits: dict[str, float]
     workers: int
@@ -43,8 +46,9 @@ class DataConfig:
     faces: FacesConfig | None
 
     def __post_init__(self) -> None:
-        if self.fps <= 0 or self.num_frames < 1 or self.size < 1 or self.workers < 0:
-            raise ValueError("fps, num_frames and size must be positive, workers at least 0")
+        _ = self.settings  # raises ValueError
+        if self.workers < 0:
+            raise ValueError("workers must be at least 0")
         if self.seconds_per_clip is not None and self.seconds_per_clip <= 0:
             raise ValueError("seconds_per_clip must be positive, or null")
 
@@ -56,7 +60,14 @@ class DataConfig:
     @property
     def settings(self) -> Settings:
         """How the frames are made."""
-        return Settings(float(self.fps), self.num_frames, self.size)
+        return Settings(
+            fps=float(self.fps),
+            num_frames=self.num_frames,
+            size=self.size,
+            span=self.span,
+            windows=self.windows,
+            encoding=self.encoding,
+        )
 
 
 def open_store(config: DataConfig) -> ClipStore:

@@ -119,10 +119,12 @@ class Batch:
 
 
 class CelebVTextDataset:
-    """The clips of one split. Cheap to make: `pointer` names a clip, `collate` loads.
+    """The clips of one split (windows, where the store holds several of a clip). Cheap to make:
+    `pointer` names a clip, `collate` loads.
 
-    seed keys the order and the caption choice; the store knows who is in which split. Raises
-    StoreError where the split has no clip.
+    seed keys the order and the caption choice; the store knows who is in which split.
+    first_windows: one window of each clip, for evaluations that must not meet a caption twice.
+    Raises StoreError where the split has no clip.
     """
 
     def __init__(
@@ -133,10 +135,13 @@ class CelebVTextDataset:
         captions: CaptionPolicy,
         embeddings: Embeddings | None = None,
         load_frames: bool = True,
+        first_windows: bool = False,
     ) -> None:
         self.store, self.name, self.seed = store, split, seed
         self.captions, self.embeddings, self.load_frames = captions, embeddings, load_frames
         self.clips = store.split(split)
+        if first_windows:
+            self.clips = [clip for clip in self.clips if store.windows[clip] == 0]
         if not self.clips:
             raise StoreError(
                 f"split {split!r} of {store.root} has none of its {len(store)} clips: "

@@ -39,7 +39,7 @@ from dalle2_video.data.store import (
     shard_paths,
 )
 from dalle2_video.data.texts import write_texts
-from dalle2_video.data.video import ClipError, decode_clip
+from dalle2_video.data.video import ClipError, decode_clip, encode_window
 
 __all__ = ["DataConfig", "FacesConfig", "Summary", "open_store", "preprocess"]
 
@@ -190,8 +190,7 @@ def _make_shard(
     frame_path, text_path, index_path = shard_paths(out, source.name)
     index_path.unlink(missing_ok=True)  # from here until the end this shard does not exist
     made_from = {"format": FORMAT, "settings": asdict(settings), "clips": source.fingerprint()}
-    shape, fresh = settings.shape, config.overwrite
-    with Journal(frame_path.parent, source.name, made_from, shape, fresh) as journal:
+    with Journal(frame_path.parent, source.name, made_from, config.overwrite) as journal:
         have = {clip["clip"] for clip in journal.clips}
         bar.update(len(have))
         for clip, future in pool.map(_tasks(source, settings, known, have)):
@@ -201,18 +200,19 @@ def _make_shard(
                 made = {"cause": str(error), "lost": True}, None
             if made is None:
                 made = {"cause": f"a second copy: shard {known[clip]} holds this clip"}, None
-            entry, frames = made
-            if frames is None:
+            entry, windows = made
+            if windows is None:
                 file = source.videos[clip].name
                 journal.append({"clip": clip, "status": "skipped", "file": file, **entry})
             else:
-                journal.append({"clip": clip, "status": "kept", **entry}, frames)
+                journal.append({"clip": clip, "status": "kept", **entry}, windows)
                 known[clip] = source.name
             bar.update()
         kept = [clip for clip in journal.clips if clip["status"] == "kept"]
-        with ShardWriter(out, source.name, settings) as shard:
-            for clip, frames in zip(kept, journal.frames(), strict=True):
-                shard.append(frames, np.array(clip["times"]))
+        with ShardWriter(out, source.name, settings, journal.num_bytes) as shard:
+            for clip, windows in zip(kept, journal.windows(), strict=True):
+                for window, times in zip(windows, clip["times"], strict=True):
+                    shard.append(window, np.array(times))
         write_texts(text_path, [clip["lines"] for clip in kept])
         write_json(
             index_path,
@@ -243,7 +243,8 @@ def _tasks(
 def _index_row(clip: dict[str, Any]) -> dict[str, Any]:
     """A journal's clip as the index lists it: what is needed to find it, or why it is not there."""
     names = ("clip", "status", "row", "seconds", "hash", "file", "cause")
-    return {name: clip[name] for name in names if name in clip}
+    windows = {"windows": len(clip["bytes"])} if "row" in clip else {}
+    return {name: clip[name] for name in names if name in clip} | windows
 
 
 def _make_clip(
@@ -252,8 +253,8 @@ def _make_clip(
     data: bytes | None,
     texts: Mapping[str, Member],
     settings: Settings,
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    """What the journal lists of a clip, and its frames or None. Runs in a worker."""
+) -> tuple[dict[str, Any], list[np.ndarray] | None]:
+    """What the journal lists of a clip, and its windows as stored, or None. Runs in a worker."""
     lines, notes, lines_split = _read_texts(texts, clip)
     entry: dict[str, Any] = {"notes": notes} if notes else {}
     if not lines:
@@ -263,14 +264,20 @@ def _make_clip(
             file: bytes | Path = Path(member.archive) / member.name
         else:
             file = member.read() if data is None else data
-        decoded = decode_clip(file, settings.fps, settings.num_frames, settings.size)
+        s = settings
+        decoded = decode_clip(file, s.fps, s.num_frames, s.size, 0.0, s.span, s.windows)
+        frames = decoded.frames.reshape(-1, *s.shape)
+        if s.encoding == "h264":
+            windows = [encode_window(window, s.fps) for window in frames]
+        else:
+            windows = list(frames)
     except (ClipError, ArchiveError) as error:
         return {**entry, "cause": str(error)}, None
     except Exception as error:  # whatever a damaged file sets off: it must not end a run of 70,000
         return {**entry, "cause": f"unreadable: {type(error).__name__}: {error}"}, None
-    times = decoded.times.tolist()
-    entry |= {"lines": lines, "lines_split": lines_split, "times": times}
-    return {**entry, "seconds": [round(times[0], 6), round(times[-1], 6)]}, decoded.frames
+    times = decoded.times.round(6).tolist()
+    entry |= {"lines": lines, "lines_split": lines_split, "seconds": [times[0], times[-1]]}
+    return {**entry, "times": decoded.times.reshape(-1, s.num_frames).tolist()}, windows
 
 
 def _read_texts(

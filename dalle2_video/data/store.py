@@ -1,10 +1,11 @@
 """What preprocess writes and every stage reads: shards of frames, their texts, and an index.
 
-<root>/videos/<shard>.h5    "frames" uint8 RGB (N, F, H, W, 3), one chunk per clip; "times" float64
-                            (N, F) seconds; attributes fps, size, num_frames
+<root>/videos/<shard>.h5    a row per window; raw: "frames" uint8 RGB (N, F, H, W, 3), one chunk per
+                            row; h264: "video" uint8, a small video per row end to end, and "end"
+                            int64 (N,); both: "times" float64 (N, F) seconds; attributes: settings
 <root>/texts/<shard>.pt     the tokens and the words of every line of every category, flat tensors
-<root>/index/<shard>.json   every clip of the archive: row, status, cause; written last, so a shard
-                            without it does not exist
+<root>/index/<shard>.json   every clip of the archive: status, first row and number of windows, or
+                            cause; written last, so a shard without it does not exist
 <root>/manifest.json        all that was skipped and why, over all shards
 
 Every file is written under a temporary name and renamed when whole.
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -27,10 +29,12 @@ import numpy as np
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.captions import Line
 from dalle2_video.data.texts import ShardTexts, StoreError
+from dalle2_video.data.video import ClipError, decode_window
 
 __all__ = ["ClipStore", "Settings", "ShardWriter", "StoreError", "split_of", "youtube_id"]
 
 FORMAT = 1
+CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
 
 
 def split_of(youtube_id: str, seed: int, fractions: Mapping[str, float]) -> str:
@@ -60,15 +64,33 @@ def youtube_id(clip_id: str) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the frames of a store were made: frames per second, frames per clip, side in pixels."""
+    """How the clips of a store were made.
+
+    fps, num_frames, size: frames per second, frames per window, side in pixels. span: "first" takes
+    the first num_frames / fps seconds, "full" spreads the frames over the whole clip (fps is then
+    only the rate at which they are shown). windows: "one", or "all" that fit into the clip, end to
+    end. encoding: "raw" frames, or "h264", visually lossless and decoded on reading.
+    """
 
     fps: float
     num_frames: int
     size: int
+    span: str = "first"
+    windows: str = "one"
+    encoding: str = "raw"
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0 or self.num_frames < 1 or self.size < 1:
+            raise ValueError("fps, num_frames and size must be positive")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)}")
+        if self.span == "full" and self.windows == "all":
+            raise ValueError("span=full makes one window of the whole clip: windows must be one")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(F, H, W, 3) of one clip."""
+        """(F, H, W, 3) of one window."""
         return self.num_frames, self.size, self.size, 3
 
 
@@ -76,37 +98,51 @@ class Settings:
 
 
 class ShardWriter:
-    """Context that appends clips to videos/<shard>.h5; the shard appears if the block ends well."""
+    """Context that appends windows to videos/<shard>.h5; it appears if the block ends well.
 
-    def __init__(self, root: str | os.PathLike[str], shard: str, settings: Settings) -> None:
-        self.settings = settings
+    num_bytes: of all windows together, which "h264" needs to know beforehand.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], shard: str, settings: Settings, num_bytes: int = 0
+    ) -> None:
+        self.settings, self.num_bytes = settings, num_bytes
+        self._end: list[int] = []
         self._whole = whole(Path(root) / "videos" / f"{shard}.h5")
 
     def __enter__(self) -> ShardWriter:
         shape = self.settings.shape
         self._file = h5py.File(self._whole.__enter__(), "w")
-        self._file.attrs.update(
-            format=FORMAT,
-            fps=self.settings.fps,
-            size=self.settings.size,
-            num_frames=self.settings.num_frames,
-        )
-        self._frames = self._file.create_dataset(
-            "frames", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape)
-        )
+        self._file.attrs.update(format=FORMAT, **asdict(self.settings))
+        if self.settings.encoding == "raw":
+            self._frames = self._file.create_dataset(
+                "frames", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape)
+            )
+        else:
+            self._video = self._file.create_dataset("video", (self.num_bytes,), np.uint8)
         self._times = self._file.create_dataset(
             "times", (0, shape[0]), np.float64, maxshape=(None, shape[0]), chunks=(64, shape[0])
         )
         return self
 
-    def append(self, frames: np.ndarray, times: np.ndarray) -> int:
-        """Adds uint8 (F, H, W, 3) and float64 (F,) seconds; returns the row."""
-        row = len(self._frames)
-        if frames.shape != self.settings.shape or frames.dtype != np.uint8:
-            raise ValueError(f"a clip must be uint8 {self.settings.shape}, not {frames.shape}")
-        self._frames.resize(row + 1, 0)
+    def append(self, window: np.ndarray, times: np.ndarray) -> int:
+        """Adds a window and its float64 (F,) seconds; returns the row.
+
+        window: uint8, (F, H, W, 3) or flat where raw; the bytes of its video where h264.
+        """
+        row, shape = len(self._times), self.settings.shape
+        raw = self.settings.encoding == "raw"
+        if window.dtype != np.uint8 or (raw and window.size != math.prod(shape)):
+            raise ValueError(f"a clip must be uint8 {shape}, not {window.dtype} {window.shape}")
         self._times.resize(row + 1, 0)
-        self._frames[row], self._times[row] = frames, times
+        self._times[row] = times
+        if raw:
+            self._frames.resize(row + 1, 0)
+            self._frames[row] = window.reshape(shape)
+        else:
+            begin = self._end[-1] if self._end else 0
+            self._end.append(begin + window.size)
+            self._video[begin : self._end[-1]] = window
         return row
 
     def __exit__(
@@ -115,6 +151,8 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.settings.encoding != "raw":
+            self._file["end"] = np.array(self._end, np.int64)
         self._file.close()
         self._whole.__exit__(kind, error, trace)
 
@@ -147,10 +185,22 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-class ClipStore:
-    """All kept clips of a preprocessed folder, in a fixed order: shards by name, then rows.
+class Place(NamedTuple):
+    """Where a window lies: clip id, shard, row of its frames, number in its clip, row of texts."""
 
-    Clips are addressed by their position 0 .. len - 1. Each process opens its own file handles, so
+    clip: str
+    shard: str
+    row: int
+    window: int
+    text_row: int
+
+
+class ClipStore:
+    """All windows of the kept clips of a preprocessed folder, in a fixed order: shards by name,
+    then rows.
+
+    A window is what training calls a clip: addressed by its position 0 .. len - 1, with the clip id
+    in `clip_ids` and its number within that clip in `windows`. Each process opens its own file handles, so
     an instance may be forked or pickled into workers.
     """
 
@@ -158,18 +208,21 @@ class ClipStore:
         self,
         root: Path,
         settings: Settings,
-        clips: list[tuple[str, str, int]],
+        clips: list[Place],
         splits: Mapping[str, float],
         split_seed: int,
     ) -> None:
         self.root, self.settings = root, settings
         self.splits, self.split_seed = dict(splits), split_seed
-        self.clip_ids = [clip_id for clip_id, _, _ in clips]
-        self.shards = sorted({shard for _, shard, _ in clips})
+        self.clip_ids = [clip.clip for clip in clips]
+        self.shards = sorted({clip.shard for clip in clips})
         number = {shard: i for i, shard in enumerate(self.shards)}
-        self._shard = np.array([number[shard] for _, shard, _ in clips], np.int32)
-        self._row = np.array([row for _, _, row in clips], np.int64)
+        self.windows = np.array([clip.window for clip in clips], np.int32)
+        self._shard = np.array([number[clip.shard] for clip in clips], np.int32)
+        self._row = np.array([clip.row for clip in clips], np.int64)
+        self._text_row = np.array([clip.text_row for clip in clips], np.int64)
         self._handles: dict[str, h5py.File] = {}
+        self._ends: dict[str, np.ndarray] = {}
         self._texts: dict[str, ShardTexts] = {}
         self._pid = os.getpid()
 
@@ -185,7 +238,7 @@ class ClipStore:
         paths = index_paths(root)
         if not paths:
             raise StoreError(f"{root} holds no preprocessed clips (index/*.json): run preprocess")
-        clips: list[tuple[str, str, int]] = []
+        clips: list[Place] = []
         settings: Settings | None = None
         home: dict[str, str] = {}
         for path in paths:
@@ -195,12 +248,16 @@ class ClipStore:
                 raise StoreError(f"{path} was made with {made}, other shards with {settings}")
             settings = made
             kept = [clip for clip in index["clips"] if clip["status"] == "kept"]
-            for clip in kept:
+            rows = 0
+            for number, clip in enumerate(kept):
                 other = home.setdefault(clip["clip"], path.stem)
                 if other != path.stem:
                     raise StoreError(f"clip {clip['clip']} is in two shards: {other}, {path.stem}")
-                clips.append((clip["clip"], path.stem, clip["row"]))
-            _check_shard(root, path.stem, made, len(kept))
+                for window in range(clip.get("windows", 1)):
+                    row = clip["row"] + window
+                    clips.append(Place(clip["clip"], path.stem, row, window, number))
+                    rows += 1
+            _check_shard(root, path.stem, made, rows)
         assert settings is not None
         return cls(root, settings, clips, splits, split_seed)
 
@@ -216,8 +273,8 @@ class ClipStore:
         return self._shard[np.asarray(clips, np.int64)]
 
     def key(self, clip: int) -> str:
-        """The clip key "<clip id>:<window>" of position `clip`; the one window so far is 0."""
-        return f"{self.clip_ids[clip]}:0"
+        """The clip key "<clip id>:<window>" of position `clip`."""
+        return f"{self.clip_ids[clip]}:{self.windows[clip]}"
 
     def split(self, name: str) -> list[int]:
         """Positions of the clips of one split, in order; StoreError for an unknown name."""
@@ -230,14 +287,34 @@ class ClipStore:
         ]
 
     def frames(self, clips: Sequence[int]) -> np.ndarray:
-        """uint8 (B, F, H, W, 3) of the given positions, in the given order, read in file order."""
+        """uint8 (B, F, H, W, 3) of the given positions, in the given order, read in file order.
+
+        StoreError, naming shard and clip, where a stored video is damaged.
+        """
         out = np.empty((len(clips), *self.settings.shape), np.uint8)
         positions = np.asarray(clips, np.int64)
         for i in np.lexsort((self._row[positions], self._shard[positions])):
-            clip = positions[i]
-            shard = self.shards[self._shard[clip]]
-            _data(self._open(shard), "frames").read_direct(out, np.s_[self._row[clip]], np.s_[i])
+            clip = int(positions[i])
+            if self.settings.encoding == "raw":
+                data = _data(self._open(self.home(clip)), "frames")
+                data.read_direct(out, np.s_[self._row[clip]], np.s_[i])
+                continue
+            try:
+                decode_window(self.stored(clip), out[i])
+            except ClipError as error:
+                raise StoreError(f"{self.home(clip)}: {self.key(clip)}: {error}") from error
         return out
+
+    def stored(self, clip: int) -> np.ndarray:
+        """uint8 (bytes,): the window at position `clip` as it lies on disk."""
+        shard, row = self.home(clip), int(self._row[clip])
+        file = self._open(shard)
+        if self.settings.encoding == "raw":
+            return _data(file, "frames")[row].reshape(-1)
+        if shard not in self._ends:
+            self._ends[shard] = _data(file, "end")[:]
+        end = self._ends[shard]
+        return _data(file, "video")[int(end[row - 1]) if row else 0 : int(end[row])]
 
     def times(self, clip: int) -> np.ndarray:
         """float64 (F,): the time stamps in seconds of the clip's frames."""
@@ -248,7 +325,7 @@ class ClipStore:
         shard = self.shards[self._shard[clip]]
         if shard not in self._texts:
             self._texts[shard] = ShardTexts(self.root / "texts" / f"{shard}.pt")
-        return self._texts[shard].lines(int(self._row[clip]))
+        return self._texts[shard].lines(int(self._text_row[clip]))
 
     def _open(self, shard: str) -> h5py.File:
         if self._pid != os.getpid():  # a forked child must not share its parent's file offsets
@@ -279,8 +356,9 @@ def _check_shard(root: Path, shard: str, settings: Settings, rows: int) -> None:
             raise StoreError(f"{path} is missing, but index/{shard}.json lists it")
     try:
         with h5py.File(video, "r", locking=False) as file:
-            shape = _data(file, "frames").shape
+            data = _data(file, "frames" if settings.encoding == "raw" else "end")
+            shape = data.shape if settings.encoding == "raw" else (*data.shape, *settings.shape)
     except (OSError, KeyError) as error:
         raise StoreError(f"{video} is damaged ({error}): delete it, run preprocess") from error
     if shape != (rows, *settings.shape):
-        raise StoreError(f"{video} holds {shape}, index/{shard}.json says {rows} clips")
+        raise StoreError(f"{video} holds {shape}, index/{shard}.json says {rows} windows")

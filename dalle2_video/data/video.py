@@ -14,6 +14,7 @@ Letters: B batch, C channels, F frames, H W pixels.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from torch import Tensor
 from dalle2_video.data.atomic import whole
 
 MOST_PIXELS = 8192 * 4320  # of a frame; beyond it a header is damaged, or made to fill the memory
+MOST_WINDOWS = 256  # of one clip; 8.5 minutes in windows of 2 s
 
 
 class ClipError(ValueError):
@@ -53,38 +55,38 @@ def decode_clip(
     num_frames: int,
     size: int,
     start: float = 0.0,
+    span: str = "first",
+    windows: str = "one",
 ) -> DecodedClip:
     """The frames at start + k / fps seconds, k = 0 .. num_frames - 1, as size x size squares.
+
+    span: "first" as above; "full" spreads the frames over the whole stream, at k / num_frames of
+    its length. windows: "one", or "all": as many times num_frames frames as the stream is long
+    (F = windows x num_frames; what is left over at the end is not used).
 
     `source` is a path or the bytes of a video file. Decoding stops at the last frame needed. The
     last frame of a stream lasts one frame duration. Raises ClipError, naming the cause, for what is
     no video, is damaged or truncated before the last frame needed, or is too short.
     """
-    wanted = start + np.arange(num_frames) / fps
-    frames = np.empty((num_frames, size, size, 3), np.uint8)
-    times = np.empty(num_frames)
-    filled = 0
+    most = num_frames * (MOST_WINDOWS if windows == "all" else 1)
+    frames: list[np.ndarray] = []
+    times: list[float] = []
     held: av.VideoFrame | None = None
     held_time = duration = 0.0
     aspect = 1.0
 
-    def show_until(end: float) -> int:
+    def show_until(end: float) -> None:
         """Gives the held frame to all wanted times before `end` that have none yet."""
-        count = int(np.searchsorted(wanted, end, side="left"))
-        if held is not None and count > filled:
-            frames[filled:count] = _square(held, size, aspect)
-            times[filled:count] = held_time
-        return max(filled, count)
+        wanted = min(most, max(0, math.ceil((end - start) / step)))
+        if held is not None and wanted > len(frames):
+            image = _square(held, size, aspect)
+            times.extend([held_time] * (wanted - len(frames)))
+            frames.extend([image] * (wanted - len(frames)))
 
     try:
+        step = _length(source) / num_frames if span == "full" else 1 / fps
         with _open(source) as container:
-            if not container.streams.video:
-                raise ClipError("has no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise ClipError("no video, or damaged: its codec is unknown")
-            if stream.width * stream.height > MOST_PIXELS:
-                raise ClipError(f"its frames are too large: {stream.width} x {stream.height}")
+            stream = _video_stream(container)
             aspect = float(stream.sample_aspect_ratio or 1)
             tick = float(stream.time_base or Fraction(1, 1000))
             # Containers round time stamps to their tick: Matroska writes 1/15 s as 67 ms.
@@ -98,27 +100,68 @@ def decode_clip(
                 first = time if first is None else first
                 time -= first
                 if held is not None:
-                    filled = show_until(time - tolerance)
-                    if filled == num_frames:
-                        return DecodedClip(frames, times)
+                    show_until(time - tolerance)
+                    if len(frames) == most:
+                        break
                     duration = time - held_time
                 held, held_time = frame, time
             if held is None:
                 raise ClipError("damaged or truncated: has no frame")
-            if held.duration:
-                duration = float(held.duration * (held.time_base or tick))
-            end = held_time + duration
-            filled = show_until(end + tolerance)
-            if filled < num_frames:
-                promised = float(stream.duration * tick) if stream.duration else 0.0
-                if promised > end + max(4 * duration, 0.1):
-                    raise ClipError(f"truncated: stops at {end:.2f} s of {promised:.2f} s")
-                needs = start + num_frames / fps
-                raise ClipError(f"too short: has {round(end, 2)} s, needs {round(needs, 2)} s")
+            if len(frames) == most and windows == "all":
+                raise ClipError(f"too long: makes more than {MOST_WINDOWS} windows")
+            if len(frames) < most:
+                if held.duration:
+                    duration = float(held.duration * (held.time_base or tick))
+                end = held_time + duration
+                show_until(end + tolerance)
+                if windows == "all" or len(frames) < num_frames:
+                    _check_end(stream, end, duration)
+                if len(frames) < num_frames:
+                    needs = start + num_frames * step
+                    raise ClipError(
+                        f"too short: has {round(end, 2)} s, needs {round(needs, 2)} s"
+                    )
     except FFmpegError as error:
         cause = "no video, or truncated" if held is None else "damaged or truncated"
         raise ClipError(f"{cause}: {error.strerror or error}") from error
-    return DecodedClip(frames, times)
+    count = len(frames) // num_frames * num_frames
+    return DecodedClip(np.stack(frames[:count]), np.array(times[:count]))
+
+
+def _length(source: bytes | str | os.PathLike[str]) -> float:
+    """Seconds from the first frame of the stream to the end of its last; nothing is decoded."""
+    with _open(source) as container:
+        stream = _video_stream(container)
+        frame = float(1 / stream.average_rate) if stream.average_rate else 0.0
+        tick = float(stream.time_base or Fraction(1, 1000))
+        begins, ends = [], []
+        for packet in container.demux(stream):
+            if packet.pts is not None and not packet.is_discard:
+                begins.append(packet.pts * tick)
+                ends.append(begins[-1] + (packet.duration * tick if packet.duration else frame))
+        if not ends or max(ends) <= min(begins):
+            raise ClipError("has no length: span=full needs time stamps")
+        length = max(ends) - min(begins)
+        _check_end(stream, length, frame)
+    return length
+
+
+def _check_end(stream: av.VideoStream, end: float, duration: float) -> None:
+    """ClipError where the stream ends, in seconds, long before its header says."""
+    promised = float(stream.duration * (stream.time_base or 0)) if stream.duration else 0.0
+    if promised > end + max(4 * duration, 0.1):
+        raise ClipError(f"truncated: stops at {end:.2f} s of {promised:.2f} s")
+
+
+def _video_stream(container: InputContainer) -> av.VideoStream:
+    if not container.streams.video:
+        raise ClipError("has no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ClipError("no video, or damaged: its codec is unknown")
+    if stream.width * stream.height > MOST_PIXELS:
+        raise ClipError(f"its frames are too large: {stream.width} x {stream.height}")
+    return stream
 
 
 def _open(source: bytes | str | os.PathLike[str]) -> InputContainer:
@@ -263,31 +306,34 @@ def encode_mp4(
     fps: float,
     crf: int = 18,
     preset: str = "veryfast",
+    pix_fmt: str = "yuv420p",
 ) -> None:
-    """Writes uint8 RGB (F, H, W, 3) as H.264, yuv420p, tagged BT.709 and limited range.
+    """Writes uint8 RGB (F, H, W, 3) as H.264, tagged BT.709 and limited range.
 
-    H and W must be even (4:2:0 chroma), or ValueError. A path is written under a temporary name
+    H and W must be even with 4:2:0 chroma (yuv420p), or ValueError. A path is written under a temporary name
     in its folder and renamed when whole; a binary file object is written in place.
     """
     frames = np.ascontiguousarray(frames.cpu().numpy() if isinstance(frames, Tensor) else frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames must be uint8 (F, H, W, 3), not {frames.dtype} {frames.shape}")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
+    if pix_fmt == "yuv420p" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f"H.264 with 4:2:0 chroma needs even sides, not {frames.shape[1:3]}")
     if not isinstance(target, str | os.PathLike):
-        _encode(target, frames, fps, crf, preset)
+        _encode(target, frames, fps, crf, preset, pix_fmt)
         return
     with whole(Path(target)) as partial:
-        _encode(str(partial), frames, fps, crf, preset)
+        _encode(str(partial), frames, fps, crf, preset, pix_fmt)
 
 
-def _encode(file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str) -> None:
+def _encode(
+    file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str, pix_fmt: str
+) -> None:
     rate = Fraction(fps).limit_denominator(1001)
     # The index goes to the front, for players in a page; that re-reads the file: a path is needed.
     options = {"movflags": "faststart"} if isinstance(file, str) else {}
     with av.open(file, "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.options = {"crf": str(crf), "preset": preset}
         context = stream.codec_context
         context.thread_count = 1
@@ -295,7 +341,7 @@ def _encode(file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, pres
         context.color_range = ColorRange.MPEG
         for image in frames:
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                format="yuv420p",
+                format=pix_fmt,
                 dst_colorspace=Colorspace.ITU709,
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
@@ -305,6 +351,34 @@ def _encode(file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, pres
             frame.pts = None
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+STORED = {"crf": 8, "preset": "veryfast", "pix_fmt": "yuv444p"}  # docs/data.md: PSNR, size, time
+
+
+def encode_window(frames: np.ndarray, fps: float) -> np.ndarray:
+    """uint8 RGB (F, H, W, 3) as a visually lossless video, its bytes uint8 (N,)."""
+    file = io.BytesIO()
+    encode_mp4(file, frames, fps, **STORED)
+    return np.frombuffer(file.getbuffer(), np.uint8)
+
+
+def decode_window(data: np.ndarray, out: np.ndarray) -> None:
+    """Fills uint8 RGB `out` (F, H, W, 3) with the frames of `encode_window`; ClipError where the
+    bytes are damaged or hold another number or size of frames.
+    """
+    number = 0
+    try:
+        with av.open(io.BytesIO(data.tobytes()), "r") as container:
+            for frame in _decode(container, _video_stream(container)):
+                if number == len(out) or (frame.height, frame.width) != out.shape[1:3]:
+                    raise ClipError(f"a stored video holds other frames than {out.shape}")
+                out[number] = frame_to_rgb(frame)
+                number += 1
+    except FFmpegError as error:
+        raise ClipError(f"a stored video is damaged: {error.strerror or error}") from error
+    if number < len(out):
+        raise ClipError(f"a stored video is damaged: it ends after {number} of {len(out)} frames")
 
 
 # ---------------------------------------------------------------- axes and range

@@ -232,7 +232,8 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
         )
     torch.manual_seed(keyed.key(seed, 0, "clip/init"))
     model = VideoCLIP(section.model.model_config())
-    val_set = CelebVTextDataset(store, validation, seed, CaptionPolicy(drop=False))
+    policy = CaptionPolicy(drop=False)
+    val_set = CelebVTextDataset(store, validation, seed, policy, first_windows=True)
     return Stage(
         name="clip",
         model=model,
