@@ -38,7 +38,8 @@ from dalle2_video.training.stage import from_config
 def main(cfg: DictConfig) -> None:
     plan = from_config(EvaluateConfig, cfg.evaluate, "evaluate")
     config, store = sample_config(cfg), store_of(cfg)
-    dataset = CelebVTextDataset(store, plan.split, cfg.seed, CaptionPolicy(drop=False))
+    policy = CaptionPolicy(drop=False)
+    dataset = CelebVTextDataset(store, plan.split, cfg.seed, policy, first_windows=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision)
     number = min(plan.clips, len(dataset))

@@ -306,6 +306,21 @@ def test_sizes_that_do_not_fit_are_named(configure, run_dir) -> None:
         train_decoder.main(configure("unets.base.model.image_size=64"))
 
 
+def test_every_stage_trains_on_a_view_of_larger_clips(configure, run_dir, tmp_path) -> None:
+    """One store for networks of several sizes: 4 frames of 16 px from 8 frames of 32 px."""
+    sizes = ["num_frames=4", "image_size=16"]
+    view = [f"{m}.{size}" for m in ("clip.model.video", "unets.base.model") for size in sizes]
+    cfg = configure(*view, run="view")
+    for script, _ in STAGES.values():
+        script.main(cfg)
+    small = Cascade.load(cfg.run_dir)
+    assert small.fps == 2
+    frames = small.sample(["a man smiles"], FAST)
+    assert frames.shape == (1, 4, 16, 16, 3)
+    evaluate.main(configure(*view, "evaluate.metric=nearest", f"out={tmp_path}", run="view"))
+    assert 0 <= json.loads((tmp_path / "report.json").read_text())["nearest_is_own_clip"] <= 1
+
+
 def test_evaluate_reports_figures(configure, run_dir, tmp_path) -> None:
     cfg = configure("evaluate.clips=6", f"out={tmp_path}")
     evaluate.main(cfg)

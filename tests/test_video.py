@@ -380,6 +380,21 @@ def test_axes_and_range() -> None:
     ]
 
 
+def test_a_view_has_every_other_frame_and_the_mean_of_squares_of_pixels() -> None:
+    """The low-rate and low-resolution inputs of a cascade: the same resize as in preprocess."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 12, 3), dtype=np.uint8)
+    view = to_float(torch.from_numpy(frames), num_frames=4, size=3)
+    assert view.shape == (2, 3, 4, 3, 3)
+    for b in range(2):
+        for k, frame in enumerate(frames[b, ::2]):
+            small = (view[b, :, k].permute(1, 2, 0).numpy() + 1) * 127.5
+            assert np.abs(small - crop_resize(frame, 3)).max() <= 0.5 + 1e-3
+    assert torch.equal(to_float(torch.from_numpy(frames), 8, 12), to_float(torch.from_numpy(frames)))
+    for num_frames, size in [(3, 12), (8, 5), (16, 12), (8, 24)]:
+        with pytest.raises(ValueError, match="8 frames of 12 px have no view of"):
+            to_float(torch.from_numpy(frames), num_frames, size)
+
+
 def test_contact_sheet_is_readable(tmp_path: Path) -> None:
     clips = [grey_steps(16, 32, 32, step=10), grey_steps(3, 128, 128)]
     texts = ["a man smiles, " * 30 + "\nwarm light", "x" * 500]

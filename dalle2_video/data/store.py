@@ -93,6 +93,14 @@ class Settings:
         """(F, H, W, 3) of one window."""
         return self.num_frames, self.size, self.size, 3
 
+    def has_view(self, num_frames: int, size: int) -> bool:
+        """Whether `to_float` can show a window to a network of that many frames and pixels."""
+        return self.num_frames % num_frames == 0 and self.size % size == 0
+
+    def view_fps(self, num_frames: int) -> float:
+        """Frames per second of such a view."""
+        return self.fps * num_frames / self.num_frames
+
 
 # ---------------------------------------------------------------- writing
 

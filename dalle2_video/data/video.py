@@ -26,6 +26,7 @@ from typing import BinaryIO
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
@@ -384,9 +385,24 @@ def decode_window(data: np.ndarray, out: np.ndarray) -> None:
 # ---------------------------------------------------------------- axes and range
 
 
-def to_float(frames: Tensor) -> Tensor:
-    """uint8 (B, F, H, W, 3) -> float32 (B, 3, F, H, W) in [-1, 1], on the tensor's own device."""
-    return frames.permute(0, 4, 1, 2, 3).float().div(127.5).sub(1.0).contiguous()
+def to_float(frames: Tensor, num_frames: int | None = None, size: int | None = None) -> Tensor:
+    """uint8 (B, F, H, W, 3) -> float32 (B, 3, F, H, W) in [-1, 1], on the tensor's own device.
+
+    num_frames, size: a view of the stored clip, for a network of fewer frames or pixels. It has
+    every (F / num_frames)-th frame from the first on, and of each square of H / size pixels the
+    mean, which is the area average that preprocess shrinks by. ValueError where they do not divide.
+    """
+    stored_frames, side = frames.shape[1:3]
+    num_frames, size = num_frames or stored_frames, size or side
+    if stored_frames % num_frames or side % size:
+        raise ValueError(
+            f"{stored_frames} frames of {side} px have no view of {num_frames} frames of {size} px"
+        )
+    video = frames[:, :: stored_frames // num_frames].permute(0, 4, 1, 2, 3).float()
+    if size != side:
+        video = F.avg_pool2d(video.flatten(0, 2).unsqueeze(1), side // size)
+        video = video.reshape(len(frames), 3, num_frames, size, size)
+    return video.div(127.5).sub(1.0).contiguous()
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dalle2_video.data.captions import join_lines
 from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.face_attributes import FaceAttributes
+from dalle2_video.data.video import to_float, to_uint8
 from dalle2_video.evaluation.attributes import Probe, Score, score, targets_of
 from dalle2_video.generate import Cascade, Progress, SampleConfig
 
@@ -127,9 +128,11 @@ def evaluate_alignment(
 def nearest_clips(samples: Tensor, clips: Tensor) -> Tensor:
     """For each sampled clip the index of the real clip that it shows, by pixels, int64 (B,).
 
-    samples, clips: uint8 (B, F, H, W, 3), (N, F, H, W, 3). The distance to a clip is the mean over
-    the sample's frames of the squared distance to that clip's nearest frame.
+    samples, clips: uint8 (B, F, H, W, 3), (N, F', H', W', 3); larger clips are seen in the view that
+    the samples' network was trained on. The distance to a clip is the mean over the sample's frames
+    of the squared distance to that clip's nearest frame.
     """
+    clips = to_uint8(to_float(clips, *samples.shape[1:3]))
     flat_samples = samples.flatten(2).float()
     flat_clips = clips.flatten(2).float()
     answers = []

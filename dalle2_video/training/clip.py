@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,17 @@ def contrastive_loss(output: ClipOutput, ids: Tensor) -> Loss:
     return Loss(loss, metrics)
 
 
-def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
-    """The Stage's objective: one forward pass of the (perhaps wrapped) VideoCLIP."""
+def objective(
+    model: nn.Module, batch: Batch, step: StepInfo, view: tuple[int, int] | None = None
+) -> Loss:
+    """The Stage's objective: one forward pass of the (perhaps wrapped) VideoCLIP.
+
+    view: frames and size that the network takes, as `to_float` has them; None = all.
+    """
     if step.accelerator.gradient_accumulation_steps > 1:
         raise ConfigError(NO_ACCUMULATION)
     assert batch.frames is not None
-    output = model(to_float(batch.frames), batch.tokens, batch.line_index)
+    output = model(to_float(batch.frames, *view or ()), batch.tokens, batch.line_index)
     return contrastive_loss(output, caption_ids(batch.captions).to(output.video.device))
 
 
@@ -206,12 +212,14 @@ def over_split(
 
 
 @torch.no_grad()
-def judge(model: nn.Module, dataset: CelebVTextDataset) -> Retrieval:
+def judge(
+    model: nn.Module, dataset: CelebVTextDataset, view: tuple[int, int] | None = None
+) -> Retrieval:
     """Retrieval over the whole split, each clip with one line of every category."""
 
     def embed(batch: Batch) -> Tensor:
         assert batch.frames is not None
-        output = model(to_float(batch.frames), batch.tokens, batch.line_index)
+        output = model(to_float(batch.frames, *view or ()), batch.tokens, batch.line_index)
         return torch.stack([output.video, output.text], dim=1)
 
     video, text = over_split(embed, dataset).unbind(1)
@@ -221,11 +229,13 @@ def judge(model: nn.Module, dataset: CelebVTextDataset) -> Retrieval:
 def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: str = "val") -> Stage:
     """The stage "clip"; validation is retrieval over all of that split.
 
-    Raises ConfigError where the clips of the data have another size, or with accumulation.
+    A video tower of fewer frames or pixels than the stored clips sees a view of them. Raises
+    ConfigError where they are no multiple of its, or with accumulation.
     """
     refuse_accumulation(section.train, process_state().num_processes)
     data, video = store.settings, section.model.video
-    if (data.size, data.num_frames) != (video.image_size, video.num_frames):
+    view = video.num_frames, video.image_size
+    if not data.has_view(*view):
         raise ConfigError(
             f"clip.model.video takes {video.num_frames} frames of {video.image_size} px, the clips "
             f"in {store.root} have {data.num_frames} frames of {data.size} px"
@@ -237,12 +247,12 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
     return Stage(
         name="clip",
         model=model,
-        objective=objective,
+        objective=partial(objective, view=view),
         train_set=CelebVTextDataset(store, "train", seed, section.captions),
         val_set=val_set,
-        validate=lambda m, accelerator: judge(m, val_set).figures(),
+        validate=lambda m, accelerator: judge(m, val_set, view).figures(),
         config=model.config.to_dict(),
-        meta={"fps": str(data.fps)},
+        meta={"fps": str(data.view_fps(video.num_frames))},
         state_filter=model.keeps,
     )
 
@@ -271,10 +281,11 @@ def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
         except EmbeddingError as error:
             print(f"embeddings are computed again: {error}", flush=True)
     clip.to(device)
+    video = clip.config.video
 
     def embed(batch: Batch) -> Tensor:
         assert batch.frames is not None
-        return clip.encode_video(to_float(batch.frames))
+        return clip.encode_video(to_float(batch.frames, video.num_frames, video.image_size))
 
     # A line every ten seconds where the output is no terminal.
     pace = 0.1 if sys.stderr.isatty() else 10.0

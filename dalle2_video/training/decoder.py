@@ -62,11 +62,14 @@ def decoder_stage(
     sampling: SampleConfig,
     seed: int,
 ) -> Stage:
-    """The stage of one U-Net ("base"). Raises ConfigError where the data have another size."""
+    """The stage of one U-Net ("base"), on a view of the stored clips where they are larger.
+
+    Raises ConfigError where the stored size or number of frames is no multiple of the network's.
+    """
     clip, diffusion = conditions.clip, section.diffusion
     data, model = conditions.train_set.store.settings, section.model
-    fps = data.fps
-    if (data.size, data.num_frames) != (model.image_size, model.num_frames):
+    fps = data.view_fps(model.num_frames)
+    if not data.has_view(model.num_frames, model.image_size):
         raise ConfigError(
             f"unets.{name}.model makes {model.num_frames} frames of {model.image_size} px, the "
             f"clips in {conditions.train_set.store.root} have {data.num_frames} frames of "
@@ -74,10 +77,11 @@ def decoder_stage(
         )
     encode = TextEncoder(clip)
     drop = dataclasses.asdict(section.drop)
+    view = model.num_frames, model.image_size
 
     def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
         assert batch.frames is not None and batch.embeddings is not None
-        x0 = to_float(batch.frames)
+        x0 = to_float(batch.frames, *view)
         text = encode(batch)
         t = draw_times(step.seed, step.counters, name).to(step.device)
         eps = keyed.randn(x0.shape[1:], step.seed, step.counters, f"{name}/noise").to(step.device)
