@@ -5,23 +5,27 @@
     python -m benchmarks.data preprocess --real data/real
     python -m benchmarks.data read
     python -m benchmarks.data index
+    python -m benchmarks.data memory
 
 `preprocess` makes clips like CelebV-Text's from the real ones (512 px, 25 fps, 14 s, 5.7 Mbit/s,
 which is 700 GB over 70,000 clips), a few that are repeated under new ids, and times in turn, in the
 same number of processes: decoding the frames that are needed and nothing else; our preprocess; and
 the straightforward way (OpenCV reads 150 frames, PIL resizes each to 224 px, float32 into HDF5).
 `read` times collate on a file of more than 4 GB, from a warm page cache and a cold one. `index`
-opens 70,000 clips over 70 shards and shuffles an epoch. Each writes
+opens 70,000 clips over 70 shards and shuffles an epoch. `memory` takes the peak of each process
+while 1,000 and 10,000 clips (archives of 1,000, small ones) are preprocessed and read. Each writes
 benchmarks/results/data_<name>.json; the ratios are of one run.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import zipfile
@@ -34,6 +38,7 @@ from typing import Any
 import av
 import h5py
 import numpy as np
+import psutil
 from av.video.reformatter import Interpolation
 from PIL import Image
 
@@ -42,9 +47,10 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CATEGORIES, CaptionPolicy
 from dalle2_video.data.config import DataConfig
 from dalle2_video.data.dataset import CelebVTextDataset, ClipOrder
+from dalle2_video.data.faces import FaceFormat, draw_clip, plan
 from dalle2_video.data.pool import WorkerPool
 from dalle2_video.data.preprocess import preprocess
-from dalle2_video.data.store import ClipStore, Settings, ShardWriter, shard_paths
+from dalle2_video.data.store import FORMAT, ClipStore, Settings, ShardWriter, shard_paths
 from dalle2_video.data.texts import write_texts
 from dalle2_video.evaluation.provenance import provenance
 
@@ -175,10 +181,7 @@ def _rate(
 def rate_of_preprocess(archive: Path, workers: int, out: Path) -> float:
     """Clips per second of our preprocess, from the start of its workers to the manifest."""
     shutil.rmtree(out / "store", ignore_errors=True)
-    config = DataConfig(
-        "bench", str(archive), str(out / "store"), SETTINGS.fps, SETTINGS.num_frames,
-        SETTINGS.size, "first", "one", "raw", 0, SPLITS, workers, 60, False, None,
-    )  # fmt: skip
+    config = config_of(str(archive), str(out / "store"), workers)
     begun = time.perf_counter()
     summary = preprocess(config)
     return summary.clips / (time.perf_counter() - begun)
@@ -227,8 +230,8 @@ def write_big_store(root: Path, shards: int, per_shard: int, settings: Settings)
                 writer.append(noise[k % len(noise)], times)
         lines = {category: ["One line.", "And another one."] for category in CATEGORIES}
         write_texts(shard_paths(root, name)[1], [lines] * per_shard)
-        rows = [{"clip": c, "status": "kept", "row": k} for k, c in enumerate(ids)]
-        index = {"format": 1, "settings": asdict(settings), "clips": rows}
+        rows = [{"clip": c, "status": "kept", "row": k, "windows": 1} for k, c in enumerate(ids)]
+        index = {"format": FORMAT, "settings": asdict(settings), "clips": rows}
         write_json(shard_paths(root, name)[2], index)
 
 
@@ -308,11 +311,86 @@ def bench_index(out: Path) -> dict:
     }
 
 
+# ---------------------------------------------------------------- memory
+
+PREPROCESS = """
+import sys
+from benchmarks.data import config_of
+from dalle2_video.data.preprocess import preprocess
+if __name__ == "__main__":
+    preprocess(config_of(sys.argv[1], sys.argv[2], 2))
+"""
+READ = """
+import sys
+from itertools import islice
+from benchmarks.data import SPLITS
+from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.dataset import CelebVTextDataset, train_loader
+from dalle2_video.data.store import ClipStore
+data = CelebVTextDataset(ClipStore.open(sys.argv[2], SPLITS), "train", 0, CaptionPolicy())
+for _ in islice(train_loader(data, 50, workers=1), len(data) // 50):
+    pass
+"""
+
+
+def bench_memory(out: Path) -> dict:
+    """Peak megabytes of the first process and of the largest worker; private memory alone."""
+    figures = {}
+    clips = [draw_clip(clip, FaceFormat()) for clip in plan(8, seed=0)]
+    for number in (1_000, 10_000):
+        root, store = out / f"memory_{number}", out / f"memory_{number}_store"
+        shutil.rmtree(store, ignore_errors=True)
+        for archive in range(number // 1000):
+            root.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(root / f"a_{archive:02d}.zip", "w") as file:
+                for k in range(1000):
+                    name = f"m{archive:04d}{k:06d}_0_0"
+                    video, texts = clips[k % len(clips)]
+                    file.writestr(f"videos/celebvtext_6/{name}.mp4", video)
+                    for folder, text in texts.items():
+                        file.writestr(f"texts/{folder}/{name}.txt", text)
+        for what, code in (("preprocess", PREPROCESS), ("loader", READ)):
+            first, worker = peak_of([sys.executable, "-c", code, str(root), str(store)])
+            figures[f"{what}_{number}_clips_first_process_megabytes"] = first
+            figures[f"{what}_{number}_clips_worker_megabytes"] = worker
+    return figures
+
+
+def peak_of(command: list[str]) -> tuple[float, float]:
+    """Peak private memory in megabytes of a command's process, and of the largest child."""
+    process = psutil.Popen(command)
+    first = worker = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            first = max(first, process.memory_full_info().uss)
+            for child in process.children(recursive=True):
+                worker = max(worker, child.memory_full_info().uss)
+        time.sleep(0.2)
+    assert process.returncode == 0, command
+    return first / 1e6, worker / 1e6
+
+
+def config_of(root: str, store: str, workers: int) -> DataConfig:
+    """The store of these benchmarks."""
+    return DataConfig(
+        name="bench",
+        root=root,
+        out=store,
+        **asdict(SETTINGS),
+        split_seed=0,
+        splits=SPLITS,
+        workers=workers,
+        seconds_per_clip=60,
+        overwrite=False,
+        faces=None,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["preprocess", "read", "index"])
+    parser.add_argument("what", choices=["preprocess", "read", "index", "memory"])
     parser.add_argument("--real", type=Path, default=Path("data/real"), help="of real_clips.py")
     parser.add_argument("--out", type=Path, default=Path("data/bench"), help="scratch space")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -324,8 +402,10 @@ def main() -> None:
         figures = bench_preprocess(a.real, a.out, a.workers, a.clips, a.rounds)
     elif a.what == "read":
         figures = bench_read(a.out, a.batch, a.rounds)
-    else:
+    elif a.what == "index":
         figures = bench_index(a.out)
+    else:
+        figures = bench_memory(a.out)
     figures |= provenance()
     write_json(Path(__file__).parent / "results" / f"data_{a.what}.json", figures)
     print(json.dumps(figures, indent=1))

@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.store import Settings, ShardWriter, shard_paths
+from dalle2_video.data.store import FORMAT, Settings, ShardWriter, shard_paths
 from dalle2_video.data.texts import write_texts
 
 # Kr, Kb of ITU-R BT.601 and BT.709, and the AVColorSpace number that tags them.
@@ -157,8 +157,10 @@ def write_store(root: Path, shards: Mapping[str, Sequence[str]], settings: Setti
                 writer.append(frames, np.arange(settings.num_frames) / settings.fps)
         texts = [{"emotion": [f"{clip} smiles."], "light_dir": ["left light"]} for clip in clips]
         write_texts(shard_paths(root, shard)[1], texts)
-        rows = [{"clip": clip, "status": "kept", "row": i} for i, clip in enumerate(clips)]
-        index = {"format": 1, "settings": asdict(settings), "clips": rows}
+        rows = [
+            {"clip": clip, "status": "kept", "row": i, "windows": 1} for i, clip in enumerate(clips)
+        ]
+        index = {"format": FORMAT, "settings": asdict(settings), "clips": rows}
         write_json(shard_paths(root, shard)[2], index)
 
 

@@ -226,6 +226,37 @@ def test_joined_lines_say_the_same_as_single_ones() -> None:
     assert sizes[1] > 150 and sizes[2] > 60 and sizes[3] > 10  # 59, 33 and 7 % by cuts at 0.1
 
 
+def test_a_fixed_order_is_that_of_the_categories() -> None:
+    fixed = CaptionPolicy(all_probability=0.3, join_probability=1.0, order="fixed")
+    for counter in range(100):
+        text = " ".join(line.text for line in fixed.choose(LINES, 0, counter, "a:0"))
+        places = [text.index(c.replace("_", " ")) for c in CATEGORIES if category_of(text).count(c)]
+        assert places == sorted(places)
+    free = CaptionPolicy(all_probability=1.0, join_probability=1.0)
+    first = Counter(category_of(free.choose(LINES, 0, n, "a:0")[0].text)[0] for n in range(1200))
+    assert len(first) == 6
+
+
+def test_a_category_is_present_at_its_rate() -> None:
+    policy = CaptionPolicy(
+        all_probability=1.0, join_probability=0.0, presence={"emotion": 0.25, "light_dir": 0.0}
+    )
+    seen = Counter()
+    for counter in range(2000):
+        for line in policy.choose(LINES, 0, counter, "a:0"):
+            seen[category_of(line.text)[0]] += 1
+    assert seen["emotion"] / 2000 == pytest.approx(0.25, abs=0.03)
+    assert seen["light_dir"] == 0 and seen["action_dur"] == 2000
+    only = {"light_dir": LINES["light_dir"]}
+    assert policy.choose(only, 0, 0, "a:0"), "a clip that has nothing else keeps it"
+    whole = CaptionPolicy(drop=False, presence={"light_dir": 0.0})
+    assert len(whole.choose(LINES, 0, 0, "a:0")) == 6
+    with pytest.raises(ValueError, match=r"presence\.mood: no category; there are action_dur"):
+        CaptionPolicy(presence={"mood": 0.5})
+    with pytest.raises(ValueError, match=r"presence\.emotion must be in \[0, 1\], not 2"):
+        CaptionPolicy(presence={"emotion": 2})
+
+
 def test_the_draw_is_a_function_of_seed_and_counter() -> None:
     policy = CaptionPolicy()
     draw = [policy.choose(LINES, 3, counter, "a:0") for counter in range(50)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -231,6 +232,44 @@ def test_ranks_share_the_global_batch(store: ClipStore, world: int) -> None:
         assert torch.equal(batch.counters, torch.cat([part.counters for part in parts]))
         assert batch.keys == [key for part in parts for key in part.keys]
         assert batch.captions == [text for part in parts for text in part.captions]
+
+
+@pytest.mark.parametrize("case", range(25))
+def test_no_clip_is_lost_or_met_twice_for_any_ranks_stops_and_batches(
+    store: ClipStore, case: int
+) -> None:
+    """Property: two runs with other ranks and batches, the second resumed where the first stopped,
+    meet together what one process meets: every clip exactly once an epoch.
+    """
+    draw = random.Random(case)
+    data = dataset(store, load_frames=False)
+    start, met = 0, []
+    for _ in range(2):
+        world, batch = draw.randint(1, 9), draw.randint(1, 7)
+        steps = draw.randint(1, 6)
+        ranks = [islice(train_loader(data, batch, r, world, start), steps) for r in range(world)]
+        for parts in zip(*ranks, strict=True):
+            counters = [c for part in parts for c in part.counters.tolist()]
+            assert counters == list(range(start, start + world * batch))
+            start += world * batch
+            met += [key for part in parts for key in part.keys]
+    assert met == [data.pointer(counter).key for counter in range(start)]
+    n = len(data)
+    for epoch in range(start // n):
+        assert sorted(met[epoch * n : (epoch + 1) * n]) == sorted(data.keys())
+    world, batch = draw.randint(1, 40), draw.randint(1, 50)
+    rest = [b for r in range(world) for b in eval_loader(data, batch, r, world)]
+    assert sorted(key for b in rest for key in b.keys) == sorted(data.keys())
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 1), (3, 2)])
+def test_workers_of_several_ranks_lose_nothing(store: ClipStore, world: int, workers: int) -> None:
+    data = dataset(store, load_frames=False)
+    n = len(data)
+    ranks = [islice(train_loader(data, 1, r, world, workers=workers), n) for r in range(world)]
+    met = [part.keys[0] for parts in zip(*ranks, strict=True) for part in parts]
+    for epoch in range(world):
+        assert sorted(met[epoch * n : (epoch + 1) * n]) == sorted(data.keys())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -256,3 +256,8 @@ def test_nothing_half_written_gets_a_name(tmp_path: Path) -> None:
         writer.append(np.zeros((4, 16, 16, 3), np.float32), np.zeros(4))
     write_json(tmp_path / "x.json", {"ä": 1})
     assert json.loads((tmp_path / "x.json").read_text("utf-8")) == {"ä": 1}
+
+
+def test_a_written_store_of_no_lines_at_all(tmp_path: Path) -> None:
+    write_texts(tmp_path / "t.pt", [{}, {}])
+    assert ShardTexts(tmp_path / "t.pt").lines(1) == {}

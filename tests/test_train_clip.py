@@ -28,7 +28,7 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.embeddings import EmbeddingCache
-from dalle2_video.data.store import ClipStore, Settings, ShardWriter
+from dalle2_video.data.store import FORMAT, ClipStore, Settings, ShardWriter
 from dalle2_video.data.texts import write_texts
 from dalle2_video.data.video import to_float
 from dalle2_video.generate import load_clip
@@ -74,7 +74,7 @@ def write_store(root: Path, num_clips: int = 64) -> None:
             frames = (frames + random.normal(0, 8, frames.shape)).clip(0, 255).astype(np.uint8)
             name = hashlib.sha256(str(i).encode()).hexdigest()[:11] + "_0_0"
             row = writer.append(frames, np.arange(4) / 4)
-            clips.append({"clip": name, "status": "kept", "row": row})
+            clips.append({"clip": name, "status": "kept", "row": row, "windows": 1})
             texts.append(
                 {
                     "light_dir": [f"{top} light from above.", f"The top is {top}."],
@@ -83,7 +83,7 @@ def write_store(root: Path, num_clips: int = 64) -> None:
             )
     write_texts(root / "texts" / "colours.pt", texts)
     settings = {"fps": 4.0, "num_frames": 4, "size": 16}
-    index = {"format": 1, "settings": settings, "clips": clips}
+    index = {"format": FORMAT, "settings": settings, "clips": clips}
     write_json(root / "index" / "colours.json", index)
 
 

@@ -389,7 +389,9 @@ def test_a_view_has_every_other_frame_and_the_mean_of_squares_of_pixels() -> Non
         for k, frame in enumerate(frames[b, ::2]):
             small = (view[b, :, k].permute(1, 2, 0).numpy() + 1) * 127.5
             assert np.abs(small - crop_resize(frame, 3)).max() <= 0.5 + 1e-3
-    assert torch.equal(to_float(torch.from_numpy(frames), 8, 12), to_float(torch.from_numpy(frames)))
+    assert torch.equal(
+        to_float(torch.from_numpy(frames), 8, 12), to_float(torch.from_numpy(frames))
+    )
     for num_frames, size in [(3, 12), (8, 5), (16, 12), (8, 24)]:
         with pytest.raises(ValueError, match="8 frames of 12 px have no view of"):
             to_float(torch.from_numpy(frames), num_frames, size)

@@ -250,19 +250,15 @@ def test_settings_that_contradict_each_other_are_errors(tmp_path: Path) -> None:
         Settings(0.0, 2, 8)
 
 
-def test_a_store_from_before_windows_is_read(tmp_path: Path) -> None:
-    """Its index has neither the new settings nor numbers of windows."""
+def test_a_store_of_an_older_format_is_made_again(tmp_path: Path, capsys) -> None:
     archive(tmp_path, c1=25, c3=39)
     preprocess(config(tmp_path))
     index = shard_paths(tmp_path, "a")[2]
-    old = read_index(index)
-    for name in ("span", "windows", "encoding"):
-        del old["settings"][name]
-    for row in old["clips"]:
-        del row["windows"]
-    index.write_text(json.dumps(old))
-    store = open_store(config(tmp_path))
-    assert [store.key(k) for k in range(2)] == [f"{clip_id(1)}:0", f"{clip_id(3)}:0"]
+    index.write_text(json.dumps({**read_index(index), "format": 1}))
+    with pytest.raises(StoreError, match="format 1, this code reads 2: run preprocess"):
+        open_store(config(tmp_path))
+    assert preprocess(config(tmp_path)).made == 2 and "it is made again" in capsys.readouterr().out
+    assert len(open_store(config(tmp_path))) == 2
 
 
 def test_the_writer_needs_the_number_of_bytes(tmp_path: Path) -> None:

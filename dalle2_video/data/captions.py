@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -247,15 +247,25 @@ class CaptionPolicy:
     training: a new draw at every meeting, keyed by (seed, counter). With probability
     `all_probability` every category stays, otherwise a random 1 to all of them, each number
     equally likely; so a single line is familiar. Each kept category gives one line. With
-    `join_probability` the lines, in random order, are joined into one or a few longer ones (random
-    cuts), so a free sentence that says several things is familiar.
+    `join_probability` the lines are joined into one or a few longer ones (random cuts), so a free
+    sentence that says several things is familiar.
+    order: of the lines that are joined, "random" or "fixed", which is that of CATEGORIES (lines by
+    themselves are a set: their order has no meaning). presence: category -> probability that it takes part at all,
+    1 where it is not named; a clip keeps one category at least. Evaluation uses neither.
     """
 
     drop: bool = True
     all_probability: float = 0.2
     join_probability: float = 0.5
+    order: Literal["random", "fixed"] = "random"
+    presence: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        for name, value in (self.presence or {}).items():
+            if name not in CATEGORIES:
+                raise ValueError(f"presence.{name}: no category; there are {', '.join(CATEGORIES)}")
+            if not 0 <= value <= 1:
+                raise ValueError(f"presence.{name} must be in [0, 1], not {value}")
         for name in ("all_probability", "join_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
@@ -271,12 +281,18 @@ class CaptionPolicy:
             draw = random.Random(keyed.key(seed, key, "caption"))
             return [draw.choice(lines[category]) for category in kept]
         draw = random.Random(keyed.key(seed, counter, "caption"))
+        if self.presence is not None:
+            present = [c for c in kept if draw.random() < self.presence.get(c, 1.0)]
+            kept = present or [draw.choice(kept)]
         if draw.random() >= self.all_probability:
             kept = draw.sample(kept, draw.randint(1, len(kept)))
+        if self.order == "fixed":
+            kept.sort(key=CATEGORIES.index)
         chosen = [draw.choice(lines[category]) for category in kept]
         if draw.random() >= self.join_probability:
             return chosen
-        draw.shuffle(chosen)
+        if self.order == "random":
+            draw.shuffle(chosen)
         groups: list[list[Line]] = [[]]
         for line in chosen:
             if groups[-1] and draw.random() < CUT:

@@ -33,7 +33,7 @@ from dalle2_video.data.video import ClipError, decode_window
 
 __all__ = ["ClipStore", "Settings", "ShardWriter", "StoreError", "split_of", "youtube_id"]
 
-FORMAT = 1
+FORMAT = 2
 CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
 
 
@@ -189,7 +189,9 @@ def read_index(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}): delete it, run preprocess") from error
     if index.get("format") != FORMAT:
-        raise StoreError(f"{path} has format {index.get('format')}, this code reads {FORMAT}")
+        raise StoreError(
+            f"{path} has format {index.get('format')}, this code reads {FORMAT}: run preprocess"
+        )
     return index
 
 
@@ -229,8 +231,7 @@ class ClipStore:
         self._shard = np.array([number[clip.shard] for clip in clips], np.int32)
         self._row = np.array([clip.row for clip in clips], np.int64)
         self._text_row = np.array([clip.text_row for clip in clips], np.int64)
-        self._handles: dict[str, h5py.File] = {}
-        self._ends: dict[str, np.ndarray] = {}
+        self._handles: dict[str, _Shard] = {}
         self._texts: dict[str, ShardTexts] = {}
         self._pid = os.getpid()
 
@@ -261,7 +262,7 @@ class ClipStore:
                 other = home.setdefault(clip["clip"], path.stem)
                 if other != path.stem:
                     raise StoreError(f"clip {clip['clip']} is in two shards: {other}, {path.stem}")
-                for window in range(clip.get("windows", 1)):
+                for window in range(clip["windows"]):
                     row = clip["row"] + window
                     clips.append(Place(clip["clip"], path.stem, row, window, number))
                     rows += 1
@@ -304,8 +305,8 @@ class ClipStore:
         for i in np.lexsort((self._row[positions], self._shard[positions])):
             clip = int(positions[i])
             if self.settings.encoding == "raw":
-                data = _data(self._open(self.home(clip)), "frames")
-                data.read_direct(out, np.s_[self._row[clip]], np.s_[i])
+                frames = self._open(self.home(clip)).frames
+                frames.read_direct(out, np.s_[self._row[clip]], np.s_[i])
                 continue
             try:
                 decode_window(self.stored(clip), out[i])
@@ -315,39 +316,49 @@ class ClipStore:
 
     def stored(self, clip: int) -> np.ndarray:
         """uint8 (bytes,): the window at position `clip` as it lies on disk."""
-        shard, row = self.home(clip), int(self._row[clip])
-        file = self._open(shard)
-        if self.settings.encoding == "raw":
-            return _data(file, "frames")[row].reshape(-1)
-        if shard not in self._ends:
-            self._ends[shard] = _data(file, "end")[:]
-        end = self._ends[shard]
-        return _data(file, "video")[int(end[row - 1]) if row else 0 : int(end[row])]
+        shard, row = self._open(self.home(clip)), int(self._row[clip])
+        if shard.end is None:
+            return shard.frames[row].reshape(-1)
+        return shard.frames[int(shard.end[row - 1]) if row else 0 : int(shard.end[row])]
 
     def times(self, clip: int) -> np.ndarray:
         """float64 (F,): the time stamps in seconds of the clip's frames."""
-        return _data(self._open(self.shards[self._shard[clip]]), "times")[self._row[clip]]
+        return self._open(self.home(clip)).times[self._row[clip]]
 
     def lines(self, clip: int) -> dict[str, list[Line]]:
         """The clip's lines by category, with their tokens."""
-        shard = self.shards[self._shard[clip]]
+        shard = self.home(clip)
         if shard not in self._texts:
             self._texts[shard] = ShardTexts(self.root / "texts" / f"{shard}.pt")
         return self._texts[shard].lines(int(self._text_row[clip]))
 
-    def _open(self, shard: str) -> h5py.File:
+    def _open(self, shard: str) -> _Shard:
         if self._pid != os.getpid():  # a forked child must not share its parent's file offsets
             self._handles, self._pid = {}, os.getpid()
         if shard not in self._handles:
             path = self.root / "videos" / f"{shard}.h5"
             try:
-                self._handles[shard] = h5py.File(path, "r", locking=False)
-            except OSError as error:
+                self._handles[shard] = _Shard(path, self.settings)
+            except (OSError, KeyError) as error:
                 raise StoreError(f"{path} cannot be read: {error}") from error
         return self._handles[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_handles": {}, "_texts": {}}
+
+
+class _Shard:
+    """An open videos/<shard>.h5: frames (raw, or videos end to end), end of each video, times.
+
+    Without HDF5's cache of chunks: a row is read once, and 70 open shards would fill it 70 times.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)
+        raw = settings.encoding == "raw"
+        self.frames = _data(self.file, "frames" if raw else "video")
+        self.end = None if raw else _data(self.file, "end")[:]
+        self.times = _data(self.file, "times")
 
 
 def _data(file: h5py.File, name: str) -> h5py.Dataset:

@@ -128,9 +128,9 @@ def evaluate_alignment(
 def nearest_clips(samples: Tensor, clips: Tensor) -> Tensor:
     """For each sampled clip the index of the real clip that it shows, by pixels, int64 (B,).
 
-    samples, clips: uint8 (B, F, H, W, 3), (N, F', H', W', 3); larger clips are seen in the view that
-    the samples' network was trained on. The distance to a clip is the mean over the sample's frames
-    of the squared distance to that clip's nearest frame.
+    samples, clips: uint8 (B, F, H, W, 3), (N, F', H', W', 3); larger clips are seen in the view
+    that the samples' network was trained on. The distance to a clip is the mean over the sample's
+    frames of the squared distance to that clip's nearest frame.
     """
     clips = to_uint8(to_float(clips, *samples.shape[1:3]))
     flat_samples = samples.flatten(2).float()
