@@ -6,6 +6,7 @@
     python -m benchmarks.data read
     python -m benchmarks.data index
     python -m benchmarks.data memory
+    python -m benchmarks.data storage --real data/real
 
 `preprocess` makes clips like CelebV-Text's from the real ones (512 px, 25 fps, 14 s, 5.7 Mbit/s,
 which is 700 GB over 70,000 clips), a few that are repeated under new ids, and times in turn, in the
@@ -13,8 +14,9 @@ same number of processes: decoding the frames that are needed and nothing else; 
 the straightforward way (OpenCV reads 150 frames, PIL resizes each to 224 px, float32 into HDF5).
 `read` times collate on a file of more than 4 GB, from a warm page cache and a cold one. `index`
 opens 70,000 clips over 70 shards and shuffles an epoch. `memory` takes the peak of each process
-while 1,000 and 10,000 clips (archives of 1,000, small ones) are preprocessed and read. Each writes
-benchmarks/results/data_<name>.json; the ratios are of one run.
+while 1,000 and 10,000 clips (archives of 1,000, small ones) are preprocessed and read. `storage`
+stores the real clips raw and as h264 at 64, 128 and 256 px, and takes bytes, PSNR between the two
+and the time to read. Each writes benchmarks/results/data_<name>.json; the ratios are of one run.
 """
 
 import argparse
@@ -30,7 +32,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ from PIL import Image
 from dalle2_video.data.archives import Member, find_sources
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CATEGORIES, CaptionPolicy
-from dalle2_video.data.config import DataConfig
+from dalle2_video.data.config import DataConfig, open_store
 from dalle2_video.data.dataset import CelebVTextDataset, ClipOrder
 from dalle2_video.data.faces import FaceFormat, draw_clip, plan
 from dalle2_video.data.pool import WorkerPool
@@ -311,6 +313,41 @@ def bench_index(out: Path) -> dict:
     }
 
 
+# ---------------------------------------------------------------- storage
+
+
+def bench_storage(real: Path, out: Path, rounds: int) -> dict:
+    """Bytes and seconds per clip of each encoding, one process, warm page cache."""
+    figures: dict[str, float] = {}
+    for size in (64, 128, 256):
+        frames = {}
+        for encoding in ("raw", "h264"):
+            store = out / f"storage_{size}_{encoding}"
+            config = replace(config_of(str(real), str(store), 2), size=size, encoding=encoding)
+            shutil.rmtree(store, ignore_errors=True)
+            preprocess(config, log=lambda _: None)
+            clips = open_store(config)
+            order = list(range(len(clips)))
+            frames[encoding] = clips.frames(order)
+            begun = time.perf_counter()
+            for _ in range(rounds):
+                for clip in order:
+                    clips.frames([clip])
+            spent = (time.perf_counter() - begun) / rounds / len(order)
+            stored = sum(clips.stored(clip).size for clip in order) / len(order)
+            name = f"{encoding}_16_frames_{size}_px"
+            figures |= {
+                f"{name}_kilobytes_per_clip": stored / 1e3,
+                f"{name}_gigabytes_for_70000_clips": stored * 70_000 / 1e9,
+                f"{name}_read_milliseconds": spent * 1e3,
+            }
+        error = frames["raw"].astype(np.float32) - frames["h264"]
+        psnr = 10 * np.log10(255**2 / np.square(error).mean((1, 2, 3, 4)))
+        figures[f"h264_16_frames_{size}_px_lowest_psnr_decibels"] = float(psnr.min())
+        figures["clips"] = len(psnr)
+    return figures
+
+
 # ---------------------------------------------------------------- memory
 
 PREPROCESS = """
@@ -390,7 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["preprocess", "read", "index", "memory"])
+    parser.add_argument("what", choices=["preprocess", "read", "index", "memory", "storage"])
     parser.add_argument("--real", type=Path, default=Path("data/real"), help="of real_clips.py")
     parser.add_argument("--out", type=Path, default=Path("data/bench"), help="scratch space")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -404,8 +441,10 @@ def main() -> None:
         figures = bench_read(a.out, a.batch, a.rounds)
     elif a.what == "index":
         figures = bench_index(a.out)
-    else:
+    elif a.what == "memory":
         figures = bench_memory(a.out)
+    else:
+        figures = bench_storage(a.real, a.out, a.rounds)
     figures |= provenance()
     write_json(Path(__file__).parent / "results" / f"data_{a.what}.json", figures)
     print(json.dumps(figures, indent=1))
