@@ -26,13 +26,17 @@ from dalle2_video.data.captions import pack_lines, text_to_lines, to_line
 from dalle2_video.data.video import to_uint8
 from dalle2_video.diffusion.guidance import (
     Denoiser,
+    Scale,
     denoiser,
     dynamic_threshold,
     guided,
+    interval_scale,
+    oscillating_scale,
     static_threshold,
 )
 from dalle2_video.diffusion.objective import DiffusionConfig
-from dalle2_video.diffusion.sampling import ancestral, ddim
+from dalle2_video.diffusion.sampling import ancestral, ddim, dpm_solver
+from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.models.prior import Prior, PriorConfig
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
 from dalle2_video.models.video_clip import TextEncoding, VideoCLIP, VideoCLIPConfig
@@ -43,13 +47,25 @@ Progress = Callable[[], None]
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to sample. guidance scales: 1 is the plain conditional model. prior_draws: embeddings
-    drawn per clip, of which the one nearest to the text is kept (DALL-E 2 draws two)."""
+    """How to sample.
 
-    sampler: Literal["ddim", "ancestral"] = "ddim"
+    eta: of ddim, 0 = deterministic. gamma, corrector: of ancestral. guidance_scale: 1 is the plain
+    conditional model. guidance: when it applies: "constant"; "interval", between the log-SNRs
+    guidance_interval; or "oscillating", the first guidance_constant share of the steps, then every
+    other one. guidance_rescale: see `guided`. prior_draws: embeddings drawn per clip, of which the
+    one nearest to the text is kept (DALL-E 2 draws two).
+    """
+
+    sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
     steps: int = 25
-    guidance_scale: float = 3.0
+    eta: float = 0.0
     gamma: float = 0.1
+    corrector: float = 0.0
+    guidance_scale: float = 3.0
+    guidance: Literal["constant", "interval", "oscillating"] = "constant"
+    guidance_interval: tuple[float, float] = (-8.0, 4.0)
+    guidance_constant: float = 0.5
+    guidance_rescale: float = 0.0
     threshold: Literal["none", "static", "dynamic"] = "static"
     prior_steps: int = 25
     prior_guidance_scale: float = 1.5
@@ -61,6 +77,23 @@ class SampleConfig:
         for name in ("steps", "prior_steps", "prior_draws", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eta", "gamma", "guidance_constant", "guidance_rescale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if self.corrector < 0:
+            raise ValueError(f"corrector must be at least 0, not {self.corrector}")
+        low, high = self.guidance_interval
+        if not low < high:
+            raise ValueError(f"guidance_interval must rise, not {low}, {high}")
+
+    def scale(self, steps: Tensor) -> float | Scale:
+        """The scale of guidance for a sampler that goes through these log-SNRs."""
+        match self.guidance:
+            case "interval":
+                return interval_scale(self.guidance_scale, *self.guidance_interval)
+            case "oscillating":
+                return oscillating_scale(self.guidance_scale, steps, self.guidance_constant)
+        return self.guidance_scale
 
 
 def sample_embeddings(
@@ -96,7 +129,7 @@ def sample_embeddings(
     denoise = denoiser(both, diffusion.prediction)
     if config.prior_guidance_scale != 1:
         denoise = guided(denoise, config.prior_guidance_scale)
-    x0 = ddim(denoise, z, diffusion.schedule.steps(config.prior_steps, device))
+    x0 = ddim(denoise, z, sampler_steps(diffusion.schedule, config.prior_steps, device))
     embeddings = torch.nn.functional.normalize(whiten.inverse(x0), dim=-1)
     nearest = torch.einsum("bkd,bd->bk", embeddings, text.embedding).argmax(1)
     return embeddings[torch.arange(batch, device=device), nearest]
@@ -121,27 +154,26 @@ def sample_clips(
     def network(z: Tensor, log_snr: Tensor) -> Tensor:
         return unet(z, log_snr, two if len(z) > len(counters) else condition)
 
+    steps = sampler_steps(diffusion.schedule, config.steps, device)
     denoise: Denoiser = denoiser(network, diffusion.prediction)
     if config.guidance_scale != 1:
-        denoise = guided(denoise, config.guidance_scale)
+        denoise = guided(denoise, config.scale(steps), config.guidance_rescale)
     if config.threshold == "static":
         denoise = static_threshold(denoise)
     elif config.threshold == "dynamic":
         denoise = dynamic_threshold(denoise)
 
-    steps = diffusion.schedule.steps(config.steps, device)
+    def noise(i: int) -> Tensor:
+        return keyed.randn(shape, config.seed, counters, f"sample/{i}", device)
+
     z = keyed.randn(shape, config.seed, counters, "sample", device)
     report = None if progress is None else lambda _: progress()
-    if config.sampler == "ddim":
-        return ddim(denoise, z, steps, report)
-    return ancestral(
-        denoise,
-        z,
-        steps,
-        lambda i: keyed.randn(shape, config.seed, counters, f"sample/{i}", device),
-        config.gamma,
-        report,
-    )
+    match config.sampler:
+        case "dpm_solver":
+            return dpm_solver(denoise, z, steps, report)
+        case "ancestral":
+            return ancestral(denoise, z, steps, noise, config.gamma, config.corrector, report)
+    return ddim(denoise, z, steps, noise, config.eta, report)
 
 
 def load_clip(path: Path) -> tuple[VideoCLIP, LoadedModel]:

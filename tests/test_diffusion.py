@@ -1,11 +1,20 @@
 """The algebra of diffusion and its samplers against closed forms."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
-from dalle2_video.diffusion.guidance import denoiser, dynamic_threshold, guided, static_threshold
+from dalle2_video.diffusion.guidance import (
+    denoiser,
+    dynamic_threshold,
+    guided,
+    interval_scale,
+    oscillating_scale,
+    reconstruction_guided,
+    static_threshold,
+)
 from dalle2_video.diffusion.objective import (
     DiffusionConfig,
     add_noise,
@@ -13,8 +22,14 @@ from dalle2_video.diffusion.objective import (
     per_sample_loss,
 )
 from dalle2_video.diffusion.parameterization import PREDICTIONS, eps_from_x0, target, to_x0
-from dalle2_video.diffusion.sampling import ancestral, ddim
-from dalle2_video.diffusion.schedule import CosineSchedule, alpha_sigma
+from dalle2_video.diffusion.sampling import ancestral, ddim, dpm_solver
+from dalle2_video.diffusion.schedule import (
+    CosineSchedule,
+    LinearSchedule,
+    ZeroTerminalSchedule,
+    alpha_sigma,
+    sampler_steps,
+)
 
 
 def test_cosine_schedule_maps_its_end_points_and_shift() -> None:
@@ -104,39 +119,134 @@ def gaussian(mean: float, deviation: float):
     return denoise
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ancestral0", "ancestral1"])
-def test_samplers_recover_a_gaussian(sampler) -> None:
+def sample_gaussian(sampler: str, num_steps: int, size=(200, 500)) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
-    z = torch.randn(200, 500, generator=draw)
-    steps = CosineSchedule(-12.0, 12.0).steps(200)
-    if sampler == "ddim":
-        x = ddim(gaussian(0.7, 0.4), z, steps)
-    else:
-        gamma = float(sampler[-1])
-        noise = lambda i: torch.randn(200, 500, generator=draw)  # noqa: E731
-        x = ancestral(gaussian(0.7, 0.4), z, steps, noise, gamma)
+    z = torch.randn(size, generator=draw)
+    steps = sampler_steps(CosineSchedule(-12.0, 12.0), num_steps)
+
+    def noise(_: int) -> torch.Tensor:
+        return torch.randn(size, generator=draw)
+
+    exact = gaussian(0.7, 0.4)
+    match sampler.split():
+        case ["ddim", eta]:
+            return ddim(exact, z, steps, noise, float(eta))
+        case ["dpm_solver"]:
+            return dpm_solver(exact, z, steps)
+        case ["ancestral", gamma, corrector]:
+            return ancestral(exact, z, steps, noise, float(gamma), float(corrector))
+    raise AssertionError(sampler)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps"),
+    [
+        ("ddim 0", 200),
+        ("ddim 0.5", 200),
+        ("ddim 1", 200),
+        ("ancestral 0 0", 200),
+        ("ancestral 1 0", 200),
+        ("ancestral 0.3 0.1", 200),
+        ("dpm_solver", 40),
+    ],
+)
+def test_samplers_recover_a_gaussian(sampler: str, steps: int) -> None:
+    x = sample_gaussian(sampler, steps)
     assert x.mean() == pytest.approx(0.7, abs=0.01)
     assert x.std() == pytest.approx(0.4, abs=0.012)
 
 
-def test_ddim_converges_with_first_order() -> None:
+def test_the_corrector_mends_a_variance_that_is_too_large() -> None:
+    """Few steps at the upper bound of the variance: Langevin steps pull towards the marginal."""
+    off = [abs(float(sample_gaussian(f"ancestral 1 {k}", 12).std()) - 0.4) for k in (0, 0.3)]
+    assert off[1] < 0.7 * off[0]
+
+
+def test_ddim_with_eta_1_is_the_ancestral_sampler_with_gamma_0() -> None:
+    z = torch.randn(4, 300)
+    noises = torch.randn(20, 4, 300)
+    steps = sampler_steps(CosineSchedule(-8.0, 8.0), 20)
+    a = ddim(gaussian(0.7, 0.4), z, steps, lambda i: noises[i], eta=1.0)
+    b = ancestral(gaussian(0.7, 0.4), z, steps, lambda i: noises[i], gamma=0.0)
+    torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver, 2)])
+def test_deterministic_samplers_converge_with_their_order(sampler, order: int) -> None:
+    """Against the exact path of the probability flow, which keeps (z - mean) / deviation."""
     z = torch.full((1, 1), 1.3, dtype=torch.float64)
-    schedule = CosineSchedule(-8.0, 8.0)
+
+    def path(log_snr: torch.Tensor) -> torch.Tensor:
+        (a, s), (a1, s1) = alpha_sigma(log_snr), alpha_sigma(torch.tensor([-8.0]))
+        spread = ((a**2 * 0.16 + s**2) / (a1**2 * 0.16 + s1**2)).sqrt()
+        return a * 0.7 + spread * (1.3 - a1 * 0.7)
+
     errors = []
-    alpha, sigma = alpha_sigma(schedule.log_snr(torch.zeros(1)))
-    a1, s1 = alpha_sigma(schedule.log_snr(torch.ones(1)))
-    scale = lambda a, s: (a**2 * 0.16 + s**2).sqrt()  # noqa: E731
-    exact_z = alpha * 0.7 + scale(alpha, sigma) / scale(a1, s1) * (1.3 - a1 * 0.7)
-    exact = gaussian(0.7, 0.4)(exact_z[:, None], schedule.log_snr(torch.zeros(1)))
-    for n in (25, 50, 100):
-        errors.append(float((ddim(gaussian(0.7, 0.4), z, schedule.steps(n)) - exact).abs()))
-    assert 1.5 < errors[0] / errors[1] < 3 and 1.5 < errors[1] / errors[2] < 3
+    for n in (20, 40, 80):
+        steps = torch.linspace(-8, 8, n + 1)
+        exact = gaussian(0.7, 0.4)(path(steps[-2:-1])[:, None], steps[-2:-1])
+        errors.append(float((sampler(gaussian(0.7, 0.4), z, steps) - exact).abs()))
+    for coarse, fine in pairwise(errors):
+        assert 2**order * 0.75 < coarse / fine < 2**order * 1.5, errors
+
+
+def test_dpm_solver_with_two_steps_by_hand() -> None:
+    """The formula of algorithm 2 in the paper, with lambda = log(alpha / sigma)."""
+    steps = torch.tensor([-4.0, -1.0, 1.5, 5.0], dtype=torch.float64)
+    x0s = iter([torch.tensor([[v]], dtype=torch.float64) for v in (0.3, 0.5, -0.2)])
+    seen = []
+
+    def denoise(z, log_snr):
+        seen.append(float(z))
+        return next(x0s)
+
+    dpm_solver(denoise, torch.ones(1, 1, dtype=torch.float64), steps)
+    a, s = (x.double() for x in alpha_sigma(steps))
+    lam = (a / s).log()
+    h1, h2 = lam[1] - lam[0], lam[2] - lam[1]
+    z1 = s[1] / s[0] * 1.0 - a[1] * ((-h1).exp() - 1) * 0.3
+    r = h1 / h2
+    d = (1 + 1 / (2 * r)) * 0.5 - 1 / (2 * r) * 0.3
+    z2 = s[2] / s[1] * z1 - a[2] * ((-h2).exp() - 1) * d
+    assert seen == pytest.approx([1.0, float(z1), float(z2)], rel=1e-5)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_the_linear_schedule_is_ddpms() -> None:
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abar = (1 - beta).cumprod(0)
+    t = torch.arange(1, 1001) / 1000
+    log_snr = LinearSchedule().log_snr((t - 1e-3) / (1 - 1e-3)).double()
+    discrete = (abar / (1 - abar)).log()
+    difference = (log_snr - discrete).abs()
+    assert difference[10:].max() < 0.12 and difference[[0, -1]].max() < 0.15
+    assert (log_snr.diff() < 0).all()
+
+
+@pytest.mark.parametrize("inner", [LinearSchedule(), CosineSchedule(-6.0, 9.0)])
+def test_zero_terminal_snr(inner) -> None:
+    t = torch.linspace(0, 1, 201)
+    log_snr = ZeroTerminalSchedule(inner).log_snr(t)
+    assert log_snr[0] == pytest.approx(float(inner.log_snr(t[:1])), abs=1e-2)
+    assert log_snr[-1] == -20 and (log_snr.diff() < 0).all()
+    s = alpha_sigma(inner.log_snr(t))[0].double()
+    expected = (s - s[-1]) * s[0] / (s[0] - s[-1])
+    torch.testing.assert_close(alpha_sigma(log_snr)[0].double(), expected, atol=1e-4, rtol=1e-3)
+    config = DiffusionConfig("v", "v", noise="linear", zero_terminal_snr=True)
+    assert isinstance(config.schedule, ZeroTerminalSchedule)
+    for bad in ({"prediction": "eps"}, {"loss": "eps"}):
+        with pytest.raises(ValueError, match="zero_terminal_snr"):
+            DiffusionConfig(**bad, zero_terminal_snr=True)
+
+
+# ---------------------------------------------------------------- guidance
 
 
 def test_guidance() -> None:
     def batched(z, log_snr):
-        half = len(z) // 2
-        return torch.cat([z[:half] * 0 + 2.0, z[half:] * 0 + 1.0])
+        return torch.cat([z[:3] * 0 + 2.0, z[3:] * 0 + 1.0])
 
     z, log_snr = torch.randn(3, 4), torch.zeros(3)
     assert (guided(batched, 1.0)(z, log_snr) == 2).all()  # the plain conditional model
@@ -152,6 +262,54 @@ def test_guidance_of_x0_is_guidance_of_eps() -> None:
         eps_from_x0(cond, z, log_snr) - eps_from_x0(uncond, z, log_snr)
     )
     torch.testing.assert_close(eps_from_x0(mixed, z, log_snr), by_eps, rtol=1e-6, atol=1e-6)
+
+
+def test_where_the_scale_is_1_the_unconditional_model_is_not_run() -> None:
+    sizes = []
+
+    def batched(z, log_snr):
+        sizes.append(len(z))
+        return z
+
+    steps = torch.linspace(-10, 10, 11)
+    inside = interval_scale(5.0, -4.0, 2.0)
+    assert inside(steps).tolist() == [1, 1, 1, 5, 5, 5, 5, 1, 1, 1, 1]
+    denoise = guided(batched, inside)
+    for log_snr in steps:
+        denoise(torch.ones(2, 3), log_snr.expand(2))
+    assert sizes == [2, 2, 2, 4, 4, 4, 4, 2, 2, 2, 2]
+
+
+def test_an_oscillating_scale_is_constant_first() -> None:
+    steps = sampler_steps(CosineSchedule(), 10)
+    scale = oscillating_scale(15.0, steps, constant=0.4)
+    assert [float(scale(x.expand(1))) for x in steps[:-1]] == [15] * 4 + [1, 15] * 3
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_conditional_model() -> None:
+    cond, uncond = torch.randn(2, 3, 400)
+    z, log_snr = torch.randn(3, 400), torch.zeros(3)
+    out = lambda phi: guided(lambda *_: torch.cat([cond, uncond]), 6.0, phi)(z, log_snr)  # noqa: E731
+    torch.testing.assert_close(out(1.0).std(1), cond.std(1))
+    torch.testing.assert_close(out(0.7), 0.7 * out(1.0) + 0.3 * out(0.0))
+
+
+def test_reconstruction_guidance_in_closed_form() -> None:
+    """Two correlated numbers, the first one known: the second is drawn after it."""
+    rho, known, log_snr = 0.8, torch.tensor([[1.5]], dtype=torch.float64), torch.zeros(1)
+    cov = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
+    alpha, sigma = (a.double() for a in alpha_sigma(log_snr))
+    gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * torch.eye(2))  # E[x | z]
+
+    def denoise(z, _):
+        return z @ gain.T
+
+    z = torch.tensor([[0.2, -0.4]], dtype=torch.float64)
+    found = reconstruction_guided(denoise, lambda x: x[:, :1], known, 9.0)(z, log_snr)
+    x0 = denoise(z, log_snr)
+    expected = x0 + 9.0 * alpha * (known - x0[:, :1]) * gain[:1]
+    torch.testing.assert_close(found, expected)
+    assert found[0, 1] > x0[0, 1] and not found.requires_grad
 
 
 def test_thresholds() -> None:

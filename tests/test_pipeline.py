@@ -254,6 +254,32 @@ def test_what_a_text_says_reaches_the_model_in_any_order(cascade) -> None:
     assert (changed.embedding - whole.embedding).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"sampler": "dpm_solver"},
+        {"sampler": "ancestral", "corrector": 0.1},
+        {"sampler": "ddim", "eta": 0.5},
+        {"guidance": "interval", "guidance_interval": (-3.0, 1.0)},
+        {"guidance": "oscillating", "guidance_rescale": 0.7, "guidance_constant": 0.0},
+    ],
+    ids=lambda how: "-".join(map(str, how.values())),
+)
+def test_every_sampler_makes_other_clips_that_the_seed_repeats(cascade, how: dict) -> None:
+    plain = SampleConfig(steps=4, prior_steps=2, batch_size=3)
+    config = SampleConfig(steps=4, prior_steps=2, batch_size=3, **how)
+    clips = cascade.sample(["a man smiles"], config)
+    assert torch.equal(clips, cascade.sample(["a man smiles"], config))
+    assert not torch.equal(clips, cascade.sample(["a man smiles"], plain))
+
+
+def test_sampling_settings_out_of_range_are_named() -> None:
+    bad = {"eta": 1.5, "corrector": -1.0, "guidance_interval": (2.0, 1.0), "guidance_rescale": 2.0}
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=name):
+            SampleConfig(**{name: value})
+
+
 def test_a_clip_does_not_depend_on_its_batch(cascade) -> None:
     texts = ["a man smiles", "a woman nods", "warm light", "a bald man. Dim light. He talks."]
     together = cascade.sample(texts, FAST)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from dalle2_video.diffusion.parameterization import Prediction, expand, to_x0
+from dalle2_video.diffusion.schedule import alpha_sigma
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+Scale = Callable[[Tensor], Tensor]  # log_snr (B,) -> guidance scale (B,)
 
 
 def denoiser(network: Callable[[Tensor, Tensor], Tensor], prediction: Prediction) -> Denoiser:
@@ -27,19 +29,73 @@ def denoiser(network: Callable[[Tensor, Tensor], Tensor], prediction: Prediction
     return denoise
 
 
-def guided(batched: Denoiser, scale: float) -> Denoiser:
+def guided(batched: Denoiser, scale: float | Scale, rescale: float = 0.0) -> Denoiser:
     """Classifier-free guidance in one call of twice the batch.
 
-    `batched` must treat the first half of its batch as conditional and the second as unconditional.
+    `batched` must treat the first half of its batch as conditional and the second as unconditional;
+    where the scale is 1 for all it gets the conditional batch alone. rescale: phi of Lin et al.
+    2023 (2305.08891, eq. 15 and 16), here on x0: how far its deviation per sample is brought back
+    to the conditional one's; 0.7 is their advice for large scales.
     """
 
     def denoise(z: Tensor, log_snr: Tensor) -> Tensor:
+        s = scale(log_snr) if callable(scale) else torch.full_like(log_snr, scale)
+        if bool((s == 1).all()):
+            return batched(z, log_snr)
         conditional, unconditional = batched(
             torch.cat([z, z]), torch.cat([log_snr, log_snr])
         ).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        mixed = unconditional + expand(s, z) * (conditional - unconditional)
+        if rescale:
+            ratio = conditional.flatten(1).std(1) / mixed.flatten(1).std(1)
+            mixed = mixed * expand(rescale * ratio + (1 - rescale), z)
+        return mixed
 
     return denoise
+
+
+def interval_scale(scale: float, low: float, high: float) -> Scale:
+    """`scale` between two log-SNRs and 1 outside (Kynkaanniemi et al. 2024, 2404.07724)."""
+
+    def at(log_snr: Tensor) -> Tensor:
+        return torch.where((log_snr >= low) & (log_snr <= high), scale, 1.0)
+
+    return at
+
+
+def oscillating_scale(scale: float, steps: Tensor, constant: float = 0.5) -> Scale:
+    """`scale` for the first `constant` share of a sampler's steps, then 1 and `scale` in turn
+    (Imagen Video, Ho et al. Oct 2022, section 2.6).
+    """
+    first = round(constant * (len(steps) - 1))
+
+    def at(log_snr: Tensor) -> Tensor:
+        number = torch.searchsorted(steps, log_snr.contiguous())
+        return torch.where((number >= first) & ((number - first) % 2 == 0), 1.0, scale)
+
+    return at
+
+
+def reconstruction_guided(
+    denoise: Denoiser, observe: Callable[[Tensor], Tensor], known: Tensor, weight: float
+) -> Denoiser:
+    """Reconstruction guidance (Ho et al. 2022, 2204.03458, eq. 7): x0 drawn towards what is known.
+
+    observe: x0 (B, ...) -> what is known of it, (B, ...) like `known`: some of its frames, or its
+    low-resolution view. x0 - (weight alpha / 2) grad_z |known - observe(x0(z))|^2. Differentiates
+    through the network: about three times the cost, and its memory. weight: 9 to 50 in the paper.
+    """
+
+    def guided_by_known(z: Tensor, log_snr: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x0 = denoise(z, log_snr)
+            error = (known - observe(x0)).square().sum()
+            (gradient,) = torch.autograd.grad(error, z)
+        alpha, _ = alpha_sigma(log_snr)
+        return x0.detach() - expand(weight / 2 * alpha, z) * gradient
+
+    return guided_by_known
 
 
 def static_threshold(denoise: Denoiser) -> Denoiser:

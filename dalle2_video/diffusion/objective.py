@@ -21,7 +21,13 @@ from dalle2_video.diffusion.parameterization import (
     expand,
     target,
 )
-from dalle2_video.diffusion.schedule import CosineSchedule, alpha_sigma
+from dalle2_video.diffusion.schedule import (
+    CosineSchedule,
+    LinearSchedule,
+    Schedule,
+    ZeroTerminalSchedule,
+    alpha_sigma,
+)
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
@@ -33,6 +39,8 @@ class DiffusionConfig:
 
     prediction: what the network outputs. loss: whose plain squared error the loss is.
     max_weight: upper limit of the factor on the squared error of x0 (100 is sigma clamped at 0.1).
+    noise: the schedule, whose limits and shift are of the cosine one. zero_terminal_snr: t = 1 is
+    pure noise; not with eps.
     """
 
     prediction: Prediction = "v"
@@ -41,16 +49,23 @@ class DiffusionConfig:
     log_snr_min: float = -10.0
     log_snr_max: float = 10.0
     shift: float = 0.0
+    noise: Literal["cosine", "linear"] = "cosine"
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction '{self.prediction}' is none of {', '.join(PREDICTIONS)}")
         if self.loss not in get_args(Weight):
             raise ValueError(f"loss '{self.loss}' is none of {', '.join(get_args(Weight))}")
+        if self.zero_terminal_snr and "eps" in (self.prediction, self.loss):
+            raise ValueError("zero_terminal_snr: eps says nothing of x0 at t = 1, take v or x0")
 
     @property
-    def schedule(self) -> CosineSchedule:
-        return CosineSchedule(self.log_snr_min, self.log_snr_max, self.shift)
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        cosine = CosineSchedule(self.log_snr_min, self.log_snr_max, self.shift)
+        inner = LinearSchedule() if self.noise == "linear" else cosine
+        return ZeroTerminalSchedule(inner) if self.zero_terminal_snr else inner
 
 
 @dataclass(frozen=True)

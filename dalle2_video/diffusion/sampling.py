@@ -19,14 +19,53 @@ Noise = Callable[[int], Tensor]  # step number -> standard normal of the sample'
 Progress = Callable[[int], None]
 
 
-def ddim(denoise: Denoiser, z: Tensor, steps: Tensor, progress: Progress | None = None) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021, eq. 12 with eta 0); z (B, ...) at steps[0] -> x0."""
+def ddim(
+    denoise: Denoiser,
+    z: Tensor,
+    steps: Tensor,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12 and 16); z (B, ...) at steps[0] -> x0.
+
+    eta 0 is deterministic, eta 1 is the ancestral sampler with gamma 0; between them the deviation
+    of the fresh noise is eta times the lower bound. eta > 0 needs `noise`.
+    """
     x0 = z
     for i in range(len(steps) - 1):
-        now = steps[i].expand(z.shape[0])
+        now, after = steps[i].expand(z.shape[0]), steps[i + 1]
         x0 = denoise(z, now)
-        alpha, sigma = alpha_sigma(steps[i + 1])
-        z = alpha * x0 + sigma * eps_from_x0(x0, z, now)
+        alpha, sigma = alpha_sigma(after)
+        fresh = eta * (_gone(steps[i], after) * sigma.square()).sqrt()
+        z = alpha * x0 + (sigma.square() - fresh.square()).sqrt() * eps_from_x0(x0, z, now)
+        if noise is not None and eta > 0:
+            z = z + fresh * noise(i)
+        if progress is not None:
+            progress(i)
+    return x0
+
+
+def dpm_solver(
+    denoise: Denoiser, z: Tensor, steps: Tensor, progress: Progress | None = None
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2); z (B, ...) at steps[0] -> x0.
+
+    Second order: the x0 of the step before says how x0 bends. The first step is first order, and so
+    is the last, which ends at sigma = 0, where the answer is x0 itself.
+    """
+    half = steps / 2  # the paper's lambda = log(alpha / sigma)
+    x0, previous = z, None
+    for i in range(len(steps) - 1):
+        x0 = denoise(z, steps[i].expand(z.shape[0]))
+        h = half[i + 1] - half[i]
+        bent = x0
+        if previous is not None:
+            r = (half[i] - half[i - 1]) / h
+            bent = x0 + (x0 - previous) / (2 * r)
+        (_, sigma_t), (alpha_s, sigma_s) = alpha_sigma(steps[i]), alpha_sigma(steps[i + 1])
+        z = (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * bent
+        previous = x0
         if progress is not None:
             progress(i)
     return x0
@@ -38,23 +77,34 @@ def ancestral(
     steps: Tensor,
     noise: Noise,
     gamma: float = 0.1,
+    corrector: float = 0.0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Ancestral sampler of Ho et al. 2022 (2204.03458), eq. 4; z (B, ...) at steps[0] -> x0.
 
     gamma interpolates the log of the variance between its lower (0) and upper (1) bound.
+    corrector: step size of the Langevin step after each predictor step (their appendix; 0.1 there),
+    which costs a second evaluation; it draws noise(num_steps + i).
     """
-    x0 = z
+    x0, last = z, len(steps) - 2
     for i in range(len(steps) - 1):
         now, after = steps[i], steps[i + 1]
         x0 = denoise(z, now.expand(z.shape[0]))
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(now), alpha_sigma(after)
-        keep = torch.exp(now - after)  # e^d < 1: the SNR grows
-        gone = -torch.expm1(now - after)  # 1 - e^d
-        mean = keep * (alpha_s / alpha_t) * z + gone * alpha_s * x0
+        gone = _gone(now, after)
+        mean = torch.exp(now - after) * (alpha_s / alpha_t) * z + gone * alpha_s * x0
         lower, upper = gone * sigma_s.square(), gone * sigma_t.square()
         deviation = (lower.log() * (1 - gamma) + upper.log() * gamma).mul(0.5).exp()
         z = mean + deviation * noise(i)
+        if corrector > 0 and i < last:
+            eps = eps_from_x0(denoise(z, after.expand(z.shape[0])), z, after.expand(z.shape[0]))
+            fresh = noise(len(steps) - 1 + i)
+            z = z - 0.5 * corrector * sigma_s * eps + corrector**0.5 * sigma_s * fresh
         if progress is not None:
             progress(i)
     return x0
+
+
+def _gone(now: Tensor, after: Tensor) -> Tensor:
+    """1 - e^d with d = log-SNR of now less that of after: the share of z's noise that is new."""
+    return -torch.expm1(now - after)

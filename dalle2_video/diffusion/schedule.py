@@ -43,6 +43,50 @@ class CosineSchedule:
         b = math.atan(math.exp(-0.5 * self.log_snr_min))
         return -2.0 * torch.log(torch.tan(a + t.float() * (b - a))) + self.shift
 
-    def steps(self, num_steps: int, device: torch.device | str = "cpu") -> Tensor:
-        """Log-SNRs (num_steps + 1,) from the noisy end to the clean end, for a sampler."""
-        return self.log_snr(torch.linspace(1.0, 0.0, num_steps + 1, device=device))
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """DDPM's linear beta (1e-4 to 0.02 over 1,000 steps) in continuous time, for reference.
+
+    log abar(t) = -(beta_min t + (beta_max - beta_min) t^2 / 2) with beta 0.1 to 20 (Song et al.
+    2021, 2011.13456, appendix C); t is mapped to [1e-3, 1], since the SNR is infinite at 0.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Log-SNR (B,) float32 of times t (B,) in [0, 1]; t = 0 is the clean end."""
+        t = 1e-3 + (1 - 1e-3) * t.float()
+        log_abar = -(self.beta_min * t + (self.beta_max - self.beta_min) * t.square() / 2)
+        return log_abar - torch.log(-torch.expm1(log_abar))
+
+
+@dataclass(frozen=True)
+class ZeroTerminalSchedule:
+    """Another schedule with alpha shifted and scaled so that t = 1 is pure noise.
+
+    alpha <- (alpha - alpha(1)) alpha(0) / (alpha(0) - alpha(1)) (Lin et al. 2023, 2305.08891,
+    section 3.1). The log-SNR ends at -20 (alpha 4.5e-5) in place of minus infinity, so that a
+    network can be told of it and eps stays defined. Needs v or x0: eps says nothing of x0 there.
+    """
+
+    inner: CosineSchedule | LinearSchedule
+    floor: float = -20.0
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Log-SNR (B,) float32 of times t (B,) in [0, 1]; t = 0 is the clean end."""
+        ends = self.inner.log_snr(torch.tensor([0.0, 1.0], device=t.device)).double()
+        first, last = torch.sigmoid(ends).sqrt()
+        alpha = torch.sigmoid(self.inner.log_snr(t).double()).sqrt()
+        alpha = (alpha - last) * first / (first - last)
+        square = alpha.clamp(min=0).square()
+        return (square.log() - torch.log1p(-square)).clamp(min=self.floor).float()
+
+
+Schedule = CosineSchedule | LinearSchedule | ZeroTerminalSchedule
+
+
+def sampler_steps(schedule: Schedule, num_steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """Log-SNRs (num_steps + 1,) from the noisy end, t = 1, to the clean one: "trailing" steps."""
+    return schedule.log_snr(torch.linspace(1.0, 0.0, num_steps + 1, device=device))
