@@ -46,7 +46,7 @@ from PIL import Image
 
 from dalle2_video.data.archives import Member, find_sources
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CATEGORIES, CaptionPolicy
+from dalle2_video.data.captions import CATEGORIES, CaptionPolicy, to_line
 from dalle2_video.data.config import DataConfig, open_store
 from dalle2_video.data.dataset import CelebVTextDataset, ClipOrder
 from dalle2_video.data.faces import FaceFormat, draw_clip, plan
@@ -230,7 +230,8 @@ def write_big_store(root: Path, shards: int, per_shard: int, settings: Settings)
         with ShardWriter(root, name, settings) as writer:
             for k in range(per_shard):
                 writer.append(noise[k % len(noise)], times)
-        lines = {category: ["One line.", "And another one."] for category in CATEGORIES}
+        texts = [to_line("One line."), to_line("And another one.")]
+        lines = {category: texts for category in CATEGORIES}
         write_texts(shard_paths(root, name)[1], [lines] * per_shard)
         rows = [{"clip": c, "status": "kept", "row": k, "windows": 1} for k, c in enumerate(ids)]
         index = {"format": FORMAT, "settings": asdict(settings), "clips": rows}

@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 from dalle2_video.data.atomic import write_json
+from dalle2_video.data.captions import to_line
 from dalle2_video.data.store import FORMAT, Settings, ShardWriter, shard_paths
 from dalle2_video.data.texts import write_texts
 
@@ -155,7 +156,10 @@ def write_store(root: Path, shards: Mapping[str, Sequence[str]], settings: Setti
             for clip in clips:
                 frames = np.full(settings.shape, clip_value(clip), np.uint8)
                 writer.append(frames, np.arange(settings.num_frames) / settings.fps)
-        texts = [{"emotion": [f"{clip} smiles."], "light_dir": ["left light"]} for clip in clips]
+        texts = [
+            {"emotion": [to_line(f"{clip} smiles.")], "light_dir": [to_line("left light")]}
+            for clip in clips
+        ]
         write_texts(shard_paths(root, shard)[1], texts)
         rows = [
             {"clip": clip, "status": "kept", "row": i, "windows": 1} for i, clip in enumerate(clips)

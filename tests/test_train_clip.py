@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dalle2_video.checkpoint import file_hash, load_model
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.captions import CaptionPolicy, to_line
 from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.embeddings import EmbeddingCache
 from dalle2_video.data.store import FORMAT, ClipStore, Settings, ShardWriter
@@ -77,8 +77,14 @@ def write_store(root: Path, num_clips: int = 64) -> None:
             clips.append({"clip": name, "status": "kept", "row": row, "windows": 1})
             texts.append(
                 {
-                    "light_dir": [f"{top} light from above.", f"The top is {top}."],
-                    "face40_details": [f"The bottom is {bottom}.", f"{bottom} below."],
+                    "light_dir": [
+                        to_line(f"{top} light from above."),
+                        to_line(f"The top is {top}."),
+                    ],
+                    "face40_details": [
+                        to_line(f"The bottom is {bottom}."),
+                        to_line(f"{bottom} below."),
+                    ],
                 }
             )
     write_texts(root / "texts" / "colours.pt", texts)

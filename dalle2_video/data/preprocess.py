@@ -24,7 +24,14 @@ from tqdm import tqdm
 
 from dalle2_video.data.archives import ArchiveError, Catalogue, Member, Source, find_sources
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CATEGORIES, CaptionError, read_text, split_line
+from dalle2_video.data.captions import (
+    CATEGORIES,
+    CaptionError,
+    Line,
+    read_text,
+    split_line,
+    to_line,
+)
 from dalle2_video.data.config import DataConfig, FacesConfig, open_store
 from dalle2_video.data.journal import Journal
 from dalle2_video.data.manifest import Summary, relative_name, write_manifest
@@ -213,7 +220,7 @@ def _make_shard(
             for clip, windows in zip(kept, journal.windows(), strict=True):
                 for window, times in zip(windows, clip["times"], strict=True):
                     shard.append(window, np.array(times))
-        write_texts(text_path, [clip["lines"] for clip in kept])
+        write_texts(text_path, [_lines(clip) for clip in kept])
         write_json(
             index_path,
             {
@@ -238,6 +245,14 @@ def _tasks(
         if clip not in have:
             task = (clip, member, data, source.texts[clip], settings)
             yield clip, None if known.get(clip, source.name) != source.name else task
+
+
+def _lines(clip: Mapping[str, Any]) -> dict[str, list[Line]]:
+    """The lines of a journal's clip, whose tokens a worker has found."""
+    return {
+        category: [Line(text, tuple(tokens)) for text, tokens in lines]
+        for category, lines in clip["lines"].items()
+    }
 
 
 def _index_row(clip: dict[str, Any]) -> dict[str, Any]:
@@ -282,9 +297,9 @@ def _make_clip(
 
 def _read_texts(
     texts: Mapping[str, Member], clip: str
-) -> tuple[dict[str, list[str]], list[dict[str, str]], int]:
-    """(lines of at most 77 tokens by category, files left out and why, lines that were split)."""
-    lines: dict[str, list[str]] = {}
+) -> tuple[dict[str, list[tuple[str, tuple[int, ...]]]], list[dict[str, str]], int]:
+    """(lines with their tokens by category, files left out and why, lines that were split)."""
+    lines: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     notes = []
     lines_split = 0
     for category in CATEGORIES:
@@ -294,7 +309,8 @@ def _read_texts(
             try:
                 whole = read_text(member.read())
                 pieces = [split_line(line) for line in whole]
-                lines[category] = [piece for line in pieces for piece in line]
+                found = [to_line(piece) for line in pieces for piece in line]
+                lines[category] = [(line.text, line.tokens) for line in found]
                 lines_split += sum(len(line) > 1 for line in pieces)
                 continue
             except (CaptionError, ArchiveError) as error:

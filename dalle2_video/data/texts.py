@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dalle2_video.data.atomic import whole
-from dalle2_video.data.captions import CATEGORIES, Line, to_line
+from dalle2_video.data.captions import CATEGORIES, Line
 
 FORMAT = 2
 
@@ -17,8 +17,8 @@ class StoreError(RuntimeError):
     """The store is missing, damaged or made with other settings; the message names the file."""
 
 
-def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[str]]]) -> None:
-    """texts/<shard>.pt: for each row of the shard its lines (at most 77 tokens) by category.
+def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[Line]]]) -> None:
+    """texts/<shard>.pt: for each clip of the shard its lines by category.
 
     Plain tensors, so that a reader maps the file in place of holding it: tokens int32 (all ids, end
     to end), token_end int64 (lines,), category int8 (lines,), line_end int64 (rows,), text uint8
@@ -29,9 +29,8 @@ def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[str]]]) -> Non
     line_end: list[int] = []
     for by_category in texts:
         for number, name in enumerate(CATEGORIES):
-            for text in by_category.get(name, ()):
-                lines.append(to_line(text))
-                category.append(number)
+            lines += by_category.get(name, ())
+            category += [number] * len(by_category.get(name, ()))
         line_end.append(len(lines))
     flat = [token for line in lines for token in line.tokens]
     words = [line.text.encode() for line in lines]
