@@ -211,6 +211,41 @@ def test_dpm_solver_with_two_steps_by_hand() -> None:
     assert seen == pytest.approx([1.0, float(z1), float(z2)], rel=1e-5)
 
 
+@pytest.mark.parametrize("steps", [5, 25])
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver"])
+def test_samplers_agree_with_diffusers_at_every_step(name: str, steps: int) -> None:
+    """On a denoiser that bends, over DDPM's 1,000 steps with trailing spacing."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    common = {"beta_schedule": "linear", "prediction_type": "sample"}
+    common["timestep_spacing"] = "trailing"
+    if name == "ddim":
+        scheduler = DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            **common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+        )
+    scheduler.set_timesteps(steps)
+    abar = scheduler.alphas_cumprod.double()
+    log_snr = (abar / (1 - abar)).log().float()
+    seen: list[torch.Tensor] = []
+
+    def denoise(z, log_snr):
+        seen.append(z)
+        alpha, sigma = (a[:, None] for a in alpha_sigma(log_snr))
+        return torch.tanh(1.3 * alpha * z + 0.2 * torch.sin(5 * z) + 0.1 * sigma)
+
+    start = torch.randn(3, 40)
+    ends = torch.cat([log_snr[scheduler.timesteps], torch.tensor([20.0])])
+    mine = {"ddim": ddim, "dpm_solver": dpm_solver}[name](denoise, start, ends)
+    ours, z = list(seen), start
+    seen.clear()
+    for t in scheduler.timesteps:
+        z = scheduler.step(denoise(z, log_snr[t].expand(3)), t, z).prev_sample
+    for a, b in zip([*ours, mine], [*seen, z], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
 # ---------------------------------------------------------------- schedules
 
 
