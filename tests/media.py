@@ -119,6 +119,11 @@ def grey_steps(count: int, height: int = 32, width: int = 32, step: int = 8) -> 
     return np.broadcast_to(level[:, None, None, None], (count, height, width, 3)).copy()
 
 
+def numbers(frames: np.ndarray, step: int = 8) -> list[int]:
+    """The frame numbers that `grey_steps` wrote into the pixels."""
+    return np.rint(frames.mean((1, 2, 3)) / step).astype(int).tolist()
+
+
 def clip_id(person: int, number: int = 0) -> str:
     """{11 characters}_{n}_{m}, with '_' and '-' in the id as in real ones."""
     return f"a_{person:04d}-b_cd_{number}_0"

@@ -22,12 +22,7 @@ from dalle2_video.data.video import (
     to_float,
     to_uint8,
 )
-from tests.media import grey_steps, index_first, set_display_matrix, write_video
-
-
-def numbers(frames: np.ndarray, step: int = 8) -> list[int]:
-    """The frame numbers that `grey_steps` wrote into the pixels."""
-    return np.rint(frames.mean((1, 2, 3)) / step).astype(int).tolist()
+from tests.media import grey_steps, index_first, numbers, set_display_matrix, write_video
 
 
 def shown_at(times: list[float], wanted: np.ndarray) -> list[int]:

@@ -24,17 +24,14 @@ from dalle2_video.data.video import (
     decode_window,
     encode_window,
 )
-from tests.media import clip_id, grey_steps, index_first, write_video, write_zip
+from tests.media import clip_id, grey_steps, index_first, numbers, write_video, write_zip
 from tests.test_preprocess import config, skipped
 
-
-def numbers(frames: np.ndarray, step: int = 4) -> list[int]:
-    """Which frame of `grey_steps` each one is."""
-    return np.rint(frames.astype(float).mean((1, 2, 3)) / step).astype(int).tolist()
+STEP = 4  # so that 60 frames have their own grey
 
 
 def long(frames: int, **more) -> bytes:
-    return write_video(grey_steps(frames, step=4), **more)
+    return write_video(grey_steps(frames, step=STEP), **more)
 
 
 # ---------------------------------------------------------------- decode_clip
@@ -43,21 +40,21 @@ def long(frames: int, **more) -> bytes:
 @pytest.mark.parametrize("form", ["mp4", "matroska"])
 def test_a_full_span_spreads_the_frames_over_the_clip(form: str) -> None:
     clip = decode_clip(long(40, form=form), 8.0, 5, 32, span="full")
-    assert numbers(clip.frames) == [0, 8, 16, 24, 32]
+    assert numbers(clip.frames, STEP) == [0, 8, 16, 24, 32]
     assert np.allclose(clip.times, [0.0, 0.8, 1.6, 2.4, 3.2], atol=1e-3)
     short = decode_clip(long(3), 8.0, 6, 32, span="full")
-    assert numbers(short.frames) == [0, 0, 1, 1, 2, 2], "a clip of 0.3 s has its three frames"
+    assert numbers(short.frames, STEP) == [0, 0, 1, 1, 2, 2], "a clip of 0.3 s has its three frames"
 
 
 def test_a_full_span_counts_from_the_first_frame() -> None:
-    video = write_video(grey_steps(20, step=4), times=[1.4 + k / 10 for k in range(20)])
+    video = write_video(grey_steps(20, step=STEP), times=[1.4 + k / 10 for k in range(20)])
     clip = decode_clip(video, 8.0, 4, 32, span="full")
-    assert numbers(clip.frames) == [0, 5, 10, 15] and clip.times[0] == 0
+    assert numbers(clip.frames, STEP) == [0, 5, 10, 15] and clip.times[0] == 0
 
 
 def test_all_windows_lie_end_to_end_and_a_rest_is_left_over() -> None:
     clip = decode_clip(long(45), 5.0, 6, 32, windows="all")
-    assert numbers(clip.frames) == list(range(0, 36, 2))
+    assert numbers(clip.frames, STEP) == list(range(0, 36, 2))
     assert np.allclose(clip.times, np.arange(18) / 5, atol=1e-3)
     one = decode_clip(long(45), 5.0, 6, 32)
     assert np.array_equal(clip.frames[:6], one.frames)
@@ -69,7 +66,7 @@ def test_all_windows_lie_end_to_end_and_a_rest_is_left_over() -> None:
 
 @pytest.mark.parametrize("how", [{"span": "full"}, {"windows": "all"}])
 def test_a_truncated_clip_is_refused_where_all_of_it_is_wanted(how: dict) -> None:
-    video = index_first(write_video(grey_steps(60, step=4), codec_options={"g": "10"}))
+    video = index_first(write_video(grey_steps(60, step=STEP), codec_options={"g": "10"}))
     whole = decode_clip(video, 10.0, 10, 32, **how)
     assert len(whole.frames) in (10, 60)
     with pytest.raises(ClipError, match="truncated"):
@@ -147,7 +144,7 @@ def test_windows_have_keys_texts_times_and_a_split_of_their_own_clip(
     assert [store.key(k) for k in range(len(store))] == keys
     frames = store.frames([5, 1, 0])
     for found, first in zip(frames, [0, 12, 0], strict=True):
-        assert numbers(found) == list(range(first, first + 12, 2))
+        assert numbers(found, STEP) == list(range(first, first + 12, 2))
     assert np.allclose(store.times(1), 1.2 + np.arange(6) / 5)
     for place, key in enumerate(keys):
         (action, *_) = store.lines(place)["action_dur"]
@@ -203,8 +200,8 @@ def test_a_full_span_reaches_the_store(tmp_path: Path) -> None:
     made = replace(config(tmp_path), span="full")
     preprocess(made)
     store = open_store(made)
-    assert numbers(store.frames([0])[0]) == list(range(0, 24, 4))
-    assert numbers(store.frames([1])[0]) == list(range(0, 60, 10))
+    assert numbers(store.frames([0])[0], STEP) == list(range(0, 24, 4))
+    assert numbers(store.frames([1])[0], STEP) == list(range(0, 60, 10))
     assert np.allclose(store.times(1), np.arange(6.0), atol=1e-3)
 
 

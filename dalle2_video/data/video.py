@@ -311,8 +311,8 @@ def encode_mp4(
 ) -> None:
     """Writes uint8 RGB (F, H, W, 3) as H.264, tagged BT.709 and limited range.
 
-    H and W must be even with 4:2:0 chroma (yuv420p), or ValueError. A path is written under a temporary name
-    in its folder and renamed when whole; a binary file object is written in place.
+    H and W must be even with 4:2:0 chroma (yuv420p), or ValueError. A path is written under a
+    temporary name in its folder and renamed when whole; a binary file object is written in place.
     """
     frames = np.ascontiguousarray(frames.cpu().numpy() if isinstance(frames, Tensor) else frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
