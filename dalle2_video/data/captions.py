@@ -250,8 +250,9 @@ class CaptionPolicy:
     `join_probability` the lines are joined into one or a few longer ones (random cuts), so a free
     sentence that says several things is familiar.
     order: of the lines that are joined, "random" or "fixed", which is that of CATEGORIES (lines by
-    themselves are a set: their order has no meaning). presence: category -> probability that it takes part at all,
-    1 where it is not named; a clip keeps one category at least. Evaluation uses neither.
+    themselves are a set: their order has no meaning). presence: category -> probability that it
+    takes part at all, 1 where it is not named; a clip keeps one category at least. Evaluation uses
+    neither.
     """
 
     drop: bool = True

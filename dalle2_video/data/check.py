@@ -1,4 +1,4 @@
-"""Reads a whole store back and tells whether it can be trusted: `python preprocess.py check=true`."""
+"""Reads a whole store back and tells whether to trust it: `python preprocess.py check=true`."""
 
 from __future__ import annotations
 

@@ -36,9 +36,10 @@ class Journal:
     """Context that appends clips. `clips`: a dict per clip so far, those of a stopped run first.
 
     made_from: settings and fingerprint; a journal of others is thrown away. A kept clip's dict has
-    a "row", that of its first window in the shard, "bytes" of each window, and a "hash". One marked "lost" (its worker died or was
-    stopped) is not taken over, so it gets another chance. An error leaves both files in place.
-    fresh: takes nothing over. StoreError where another process has it open.
+    a "row", that of its first window in the shard, "bytes" of each window, and a "hash". One
+    marked "lost" (its worker died or was stopped) is not taken over, so it gets another chance. An
+    error leaves both files in place. fresh: takes nothing over. StoreError where another process
+    has it open.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class Journal:
         self.rows = self.num_bytes = 0
 
     def __enter__(self) -> Journal:
-        self._clips = open(self.clips_path, "ab")  # noqa: SIM115
-        self._frames = open(self.frames_path, "ab")  # noqa: SIM115
+        self._clips = open(self.clips_path, "ab")
+        self._frames = open(self.frames_path, "ab")
         try:
             fcntl.flock(self._clips, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -122,7 +123,9 @@ class Journal:
                 if "row" in clip:
                     stored = [np.frombuffer(file.read(n), np.uint8) for n in clip["bytes"]]
                     if stored_hash(stored) != clip["hash"]:
-                        raise StoreError(f"{self.frames_path} is damaged: delete it, run preprocess")
+                        raise StoreError(
+                            f"{self.frames_path} is damaged: delete it, run preprocess"
+                        )
                     yield stored
 
     def remove(self) -> None:

@@ -45,7 +45,7 @@ def write_manifest(
 ) -> Summary:
     """Joins what all shards left out, with what never reached a shard, into manifest.json.
 
-    StoreError where a file of a shard is gone and its archive too, so that nothing can be made anew.
+    StoreError where a file of a shard is gone and its archive too, so that it cannot be made anew.
     """
     skipped = [
         {"archive": relative_name(p.archive, config.root), "file": p.member, "cause": p.cause}

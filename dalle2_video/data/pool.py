@@ -27,7 +27,7 @@ AHEAD = 4  # tasks per worker that are begun before their results are asked for
 LOST_IN_A_ROW = 10  # per worker, without one result in between: something is wrong with all
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(RuntimeError):  # noqa: N818
     """The worker of a task died, or was stopped at the time limit; the message is the cause."""
 
 
@@ -60,8 +60,8 @@ class _Worker:
 class WorkerPool:
     """Processes that start at their first use, or none at all for 0 workers.
 
-    function: what is called. preload: modules that are imported once, then forked from. seconds: the
-    time limit of one call, None = none; without processes there is no limit.
+    function: what is called. preload: modules that are imported once, then forked from. seconds:
+    the time limit of one call, None = none; without processes there is no limit.
     """
 
     def __init__(

@@ -351,7 +351,7 @@ def _disk(out: Path) -> Iterator[None]:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if error.errno in full or "No space left" in str(error):
             raise StoreError(
-                f"the disk of {out} is full ({error.strerror or error}): finished shards are whole; "
-                "make room and run the same command, it goes on where it stopped"
+                f"the disk of {out} is full ({error.strerror or error}): finished shards are whole;"
+                " make room and run the same command, it goes on where it stopped"
             ) from error
         raise

@@ -210,8 +210,8 @@ class ClipStore:
     then rows.
 
     A window is what training calls a clip: addressed by its position 0 .. len - 1, with the clip id
-    in `clip_ids` and its number within that clip in `windows`. Each process opens its own file handles, so
-    an instance may be forked or pickled into workers.
+    in `clip_ids` and its number within that clip in `windows`. Each process opens its
+    own file handles, so an instance may be forked or pickled into workers.
     """
 
     def __init__(

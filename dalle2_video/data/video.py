@@ -119,9 +119,7 @@ def decode_clip(
                     _check_end(stream, end, duration)
                 if len(frames) < num_frames:
                     needs = start + num_frames * step
-                    raise ClipError(
-                        f"too short: has {round(end, 2)} s, needs {round(needs, 2)} s"
-                    )
+                    raise ClipError(f"too short: has {round(end, 2)} s, needs {round(needs, 2)} s")
     except FFmpegError as error:
         cause = "no video, or truncated" if held is None else "damaged or truncated"
         raise ClipError(f"{cause}: {error.strerror or error}") from error
