@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 from dalle2_video.data.sheet import contact_sheet, save_sheet
 from dalle2_video.data.video import (
     ClipError,
+    _decode,
+    _length,
     crop_resize,
     decode_clip,
     encode_mp4,
@@ -96,6 +99,58 @@ def test_decoding_stops_at_the_last_frame_needed() -> None:
     assert numbers(clip.frames, 6) == list(range(10))
     with pytest.raises(ClipError, match="truncated"):
         decode_clip(damaged, 10.0, 40, 32)
+
+
+B_FRAMES = {"preset": "medium", "qp": "20", "bf": "3", "b_strategy": "0", "g": "24"}
+
+
+def moving(count: int) -> np.ndarray:
+    """uint8 (count, 64, 64, 3): noise that drifts, so that x264 makes many B-frames of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (64 + count, 64, 3), dtype=np.uint8)
+    return np.stack([noise[k : k + 64] for k in range(count)])
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska", "mpegts"])
+@pytest.mark.parametrize("even", [True, False], ids=["constant rate", "variable rate"])
+@pytest.mark.parametrize("kind", ["first", "full", "all"])
+def test_frames_left_out_in_decoding_change_no_other(form: str, even: bool, kind: str) -> None:
+    """Against decoding every frame and choosing by time stamp."""
+    gaps = np.full(60, 0.04) if even else np.random.default_rng(1).choice([0.02, 0.04, 0.11], 60)
+    times = (gaps.cumsum() + 0.5).round(3).tolist()
+    video = write_video(moving(60), times, form=form, codec_options=B_FRAMES)
+    with av.open(io.BytesIO(video)) as container:
+        stream = container.streams.video[0]
+        all_frames = list(container.decode(stream))
+    with av.open(io.BytesIO(video)) as container:
+        fewest = list(_decode(container, container.streams.video[0], lambda begin, end: False))
+    assert len(fewest) < 0.75 * len(all_frames), "the test needs frames that can be left out"
+    stamps = [frame.time - all_frames[0].time for frame in all_frames]
+
+    span = "full" if kind == "full" else "first"
+    clip = decode_clip(video, 9.0, 8, 64, 0.0, span, "all" if kind == "all" else "one")
+    length = _length(video)
+    wanted = np.arange(len(clip.frames)) * (length / 8 if kind == "full" else 1 / 9)
+    chosen = shown_at(stamps, wanted)
+    assert np.array_equal(clip.frames, [frame_to_rgb(all_frames[k], 64) for k in chosen])
+    assert np.allclose(clip.times, [stamps[k] for k in chosen], atol=1e-6)
+    assert len(clip.frames) == (8 if kind != "all" else math.ceil(length * 9) // 8 * 8)
+
+
+def test_damage_in_a_frame_that_is_left_out_does_not_matter() -> None:
+    """The clip is the same as without the damage; where that frame is wanted it is an error."""
+    video = write_video(moving(50), fps=25.0, codec_options=B_FRAMES, faststart=True)
+    with av.open(io.BytesIO(video)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+    order = sorted(packet.pts for packet in packets)
+    unreferenced = [p for p in packets if not bytes(p)[4] >> 5 & 3]  # nal_ref_idc, ITU-T H.264 7.3
+    chosen = next(p for p in unreferenced if order.index(p.pts) > 9 and order.index(p.pts) % 5)
+    damaged = bytearray(video)
+    damaged[chosen.pos + 5 : chosen.pos + chosen.size] = bytes(chosen.size - 5)
+    assert np.array_equal(
+        decode_clip(bytes(damaged), 5.0, 10, 64).frames, decode_clip(video, 5.0, 10, 64).frames
+    )
+    with pytest.raises(ClipError, match="damaged"):
+        decode_clip(bytes(damaged), 25.0, 50, 64)
 
 
 # ---------------------------------------------------------------- bad input

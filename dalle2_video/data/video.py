@@ -16,7 +16,9 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -65,9 +67,10 @@ def decode_clip(
     its length. windows: "one", or "all": as many times num_frames frames as the stream is long
     (F = windows x num_frames; what is left over at the end is not used).
 
-    `source` is a path or the bytes of a video file. Decoding stops at the last frame needed. The
-    last frame of a stream lasts one frame duration. Raises ClipError, naming the cause, for what is
-    no video, is damaged or truncated before the last frame needed, or is too short.
+    `source` is a path or the bytes of a video file. Decoding stops at the last frame needed, and
+    in H.264 leaves out frames that neither are needed nor have others built upon them. The last
+    frame of a stream lasts as long as it says, or else as a frame on average. Raises ClipError, naming the cause, for what is no
+    video, is damaged or truncated where it is needed, or is too short.
     """
     most = num_frames * (MOST_WINDOWS if windows == "all" else 1)
     frames: list[np.ndarray] = []
@@ -75,10 +78,21 @@ def decode_clip(
     held: av.VideoFrame | None = None
     held_time = duration = 0.0
     aspect = 1.0
+    first: float | None = None  # time stamp of the first frame
+
+    def wanted_before(end: float) -> int:
+        return min(most, max(0, math.ceil((end - start) / step)))
+
+    def is_needed(begin: float, end: float) -> bool:
+        """Whether a wanted time lies in [begin, end); these are the stream's own time stamps."""
+        if first is None or held is None or held.interlaced_frame:
+            return True  # a field of its own packet must not be left out
+        begin, end = begin - first - 2 * tolerance, end - first + tolerance
+        return wanted_before(end) > wanted_before(begin)
 
     def show_until(end: float) -> None:
         """Gives the held frame to all wanted times before `end` that have none yet."""
-        wanted = min(most, max(0, math.ceil((end - start) / step)))
+        wanted = wanted_before(end)
         if held is not None and wanted > len(frames):
             image = _square(held, size, aspect)
             times.extend([held_time] * (wanted - len(frames)))
@@ -92,9 +106,8 @@ def decode_clip(
             tick = float(stream.time_base or Fraction(1, 1000))
             # Containers round time stamps to their tick: Matroska writes 1/15 s as 67 ms.
             tolerance = min(tick / 2, 1e-3) + 1e-6
-            first = None
             duration = float(1 / stream.average_rate) if stream.average_rate else 0.0
-            for frame in _decode(container, stream):
+            for frame in _decode(container, stream, is_needed):
                 if frame.pts is None:
                     raise ClipError("has frames without time stamps")
                 time = float(frame.pts * (frame.time_base or Fraction(1, 1000)))
@@ -104,7 +117,6 @@ def decode_clip(
                     show_until(time - tolerance)
                     if len(frames) == most:
                         break
-                    duration = time - held_time
                 held, held_time = frame, time
             if held is None:
                 raise ClipError("damaged or truncated: has no frame")
@@ -168,17 +180,61 @@ def _open(source: bytes | str | os.PathLike[str]) -> InputContainer:
     return av.open(file, "r", metadata_errors="replace")
 
 
-def _decode(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames in display order; a damaged packet is an error, not a grey frame."""
-    stream.codec_context.options = {"err_detect": "explode"}
-    stream.codec_context.thread_count = 1  # clips run in parallel, so each keeps to one core
-    for packet in container.demux(stream):
+def _decode(
+    container: InputContainer,
+    stream: av.VideoStream,
+    is_needed: Callable[[float, float], bool] = lambda begin, end: True,
+) -> Iterator[av.VideoFrame]:
+    """Frames in display order; a damaged packet is an error, not a grey frame.
+
+    is_needed: of the seconds [begin, end) in which a frame is shown; where not, an H.264 frame that
+    no other refers to is left out.
+    """
+    codec = stream.codec_context
+    codec.options = {"err_detect": "explode"}
+    codec.thread_count = 1  # clips run in parallel, so each keeps to one core
+    for packet, end in _with_end(container.demux(stream)):
         if packet.is_corrupt:
             raise ClipError("truncated: a packet is cut off")
+        if codec.name == "h264" and packet.pts is not None:
+            tick = float(packet.time_base or 0)
+            used = end is None or is_needed(packet.pts * tick, end * tick)
+            codec.skip_frame = "DEFAULT" if used else "NONREF"
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise ClipError("damaged: a frame does not decode whole")
             yield frame
+
+
+def _with_end(packets: Iterator[av.Packet]) -> Iterator[tuple[av.Packet, int | None]]:
+    """Each packet with the smallest later time stamp, at which its frame ends; None = unknown.
+
+    No packet is shown before it is decoded (pts >= dts), so the packets up to the one whose dts
+    reaches that time stamp are enough to know it.
+    """
+    waiting: deque[av.Packet] = deque()
+    seen: list[int] = []  # time stamps, sorted
+    for packet in packets:
+        if packet.pts is None or packet.dts is None:  # the last one, or a container without them
+            yield from ((held, _after(seen, held.pts)) for held in waiting)
+            waiting.clear()
+            yield packet, None
+            continue
+        insort(seen, packet.pts)
+        del seen[:-64]
+        waiting.append(packet)
+        while waiting:
+            end = _after(seen, waiting[0].pts)
+            if len(waiting) < 64 and (end is None or end > packet.dts):
+                break
+            yield waiting.popleft(), end
+    yield from ((held, None) for held in waiting)
+
+
+def _after(stamps: list[int], stamp: int | None) -> int | None:
+    """The first of sorted `stamps` after `stamp`."""
+    place = len(stamps) if stamp is None else bisect_right(stamps, stamp)
+    return stamps[place] if place < len(stamps) else None
 
 
 # ---------------------------------------------------------------- one frame: colour, turn, size
