@@ -227,7 +227,7 @@ def write_big_store(root: Path, shards: int, per_shard: int, settings: Settings)
     for shard in range(shards):
         name = f"big_{shard:03d}"
         ids = [f"b{shard:03d}{k:06d}x_0_0" for k in range(per_shard)]
-        with ShardWriter(root, name, settings) as writer:
+        with ShardWriter(root, name, settings, per_shard) as writer:
             for k in range(per_shard):
                 writer.append(noise[k % len(noise)], times)
         texts = [to_line("One line."), to_line("And another one.")]
@@ -372,7 +372,9 @@ for _ in islice(train_loader(data, 50, workers=1), len(data) // 50):
 
 
 def bench_memory(out: Path) -> dict:
-    """Peak megabytes of the first process and of the largest worker; private memory alone."""
+    """Peak megabytes of the first process and of the largest worker: private memory that the system
+    could not take back (pages of mapped files are none: it may drop them, and processes share them).
+    """
     figures = {}
     clips = [draw_clip(clip, FaceFormat()) for clip in plan(8, seed=0)]
     for number in (1_000, 10_000):
@@ -399,13 +401,19 @@ def peak_of(command: list[str]) -> tuple[float, float]:
     process = psutil.Popen(command)
     first = worker = 0
     while process.poll() is None:
-        with contextlib.suppress(psutil.Error):
-            first = max(first, process.memory_full_info().uss)
+        with contextlib.suppress(psutil.Error, OSError, StopIteration):
+            first = max(first, private(process))
             for child in process.children(recursive=True):
-                worker = max(worker, child.memory_full_info().uss)
+                worker = max(worker, private(child))
         time.sleep(0.2)
     assert process.returncode == 0, command
     return first / 1e6, worker / 1e6
+
+
+def private(process: psutil.Process) -> int:
+    """Bytes that are this process's own and written to."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
 
 
 def config_of(root: str, store: str, workers: int) -> DataConfig:

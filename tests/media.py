@@ -157,7 +157,7 @@ def write_zip(
 def write_store(root: Path, shards: Mapping[str, Sequence[str]], settings: Settings) -> None:
     """A store without any video behind it: row i of a shard is filled with a value of its clip."""
     for shard, clips in shards.items():
-        with ShardWriter(root, shard, settings) as writer:
+        with ShardWriter(root, shard, settings, len(clips)) as writer:
             for clip in clips:
                 frames = np.full(settings.shape, clip_value(clip), np.uint8)
                 writer.append(frames, np.arange(settings.num_frames) / settings.fps)

@@ -115,13 +115,13 @@ def test_clips_are_found_in_a_fixed_order_and_read_as_written(root: Path) -> Non
     assert store.frames([]).shape == (0, 4, 16, 16, 3)
 
 
-def test_a_clip_is_stored_as_uint8_in_one_chunk(root: Path) -> None:
+def test_a_clip_is_stored_as_uint8_in_one_piece(root: Path) -> None:
     """Mistake 9 of PAPERS.md section 10: float32 clips at full size took 90 MB each."""
     path = shard_paths(root, "a_archive")[0]
     with h5py.File(path) as file:
         frames = file["frames"]
-        assert frames.dtype == np.uint8 and frames.chunks == (1, 4, 16, 16, 3)
-        assert not frames.is_virtual
+        assert frames.dtype == np.uint8 and frames.shape[1:] == (4, 16, 16, 3)
+        assert not frames.is_virtual and frames.chunks is None
         assert (file.attrs["fps"], file.attrs["size"], file.attrs["num_frames"]) == (8.0, 16, 4)
     clips = len(SHARDS["a_archive"])
     assert path.stat().st_size < 1.1 * clips * 4 * 16 * 16 * 3 + 40_000
@@ -199,7 +199,7 @@ def test_a_truncated_shard_is_named(root: Path) -> None:
 
 
 def test_a_shard_with_fewer_rows_than_its_index_is_named(root: Path) -> None:
-    with ShardWriter(root, "b_archive", SETTINGS) as writer:
+    with ShardWriter(root, "b_archive", SETTINGS, 1) as writer:
         writer.append(np.zeros(SETTINGS.shape, np.uint8), np.zeros(4))
     with pytest.raises(StoreError, match=r"b_archive\.h5 holds \(1, .* says 20 windows"):
         ClipStore.open(root, SPLITS)
@@ -240,14 +240,17 @@ def test_an_empty_folder_and_an_unknown_split(root: Path, tmp_path: Path) -> Non
 
 
 def test_nothing_half_written_gets_a_name(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "s", SETTINGS) as writer:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "s", SETTINGS, 2) as writer:
         writer.append(np.zeros(SETTINGS.shape, np.uint8), np.zeros(4))
         raise RuntimeError("stopped")
     with pytest.raises(RuntimeError), whole(tmp_path / "x.json") as partial:
         partial.write_text("half")
         raise RuntimeError("stopped")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
-    with ShardWriter(tmp_path, "s", SETTINGS) as writer, pytest.raises(ValueError, match="uint8"):
+    with (
+        pytest.raises(ValueError, match="uint8"),
+        ShardWriter(tmp_path, "s", SETTINGS, 1) as writer,
+    ):
         writer.append(np.zeros((4, 16, 16, 3), np.float32), np.zeros(4))
     write_json(tmp_path / "x.json", {"ä": 1})
     assert json.loads((tmp_path / "x.json").read_text("utf-8")) == {"ä": 1}
@@ -256,3 +259,36 @@ def test_nothing_half_written_gets_a_name(tmp_path: Path) -> None:
 def test_a_written_store_of_no_lines_at_all(tmp_path: Path) -> None:
     write_texts(tmp_path / "t.pt", [{}, {}])
     assert ShardTexts(tmp_path / "t.pt").lines(1) == {}
+
+
+def test_a_shard_gets_as_many_windows_as_it_was_made_for(tmp_path: Path) -> None:
+    frames = np.zeros(SETTINGS.shape, np.uint8)
+    with (
+        pytest.raises(ValueError, match="2 windows got 1"),
+        ShardWriter(tmp_path, "s", SETTINGS, 2) as writer,
+    ):
+        writer.append(frames, np.zeros(4))
+    with (
+        pytest.raises(ValueError, match="1 windows, 0 bytes is full"),
+        ShardWriter(tmp_path, "s", SETTINGS, 1) as writer,
+    ):
+        writer.append(frames, np.zeros(4))
+        writer.append(frames, np.zeros(4))
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_any_reader_of_hdf5_sees_the_frames(root: Path) -> None:
+    """What is read by offset is what HDF5 reads."""
+    store = ClipStore.open(root, SPLITS)
+    with h5py.File(shard_paths(root, "b_archive")[0], locking=False) as file:
+        first = len(SHARDS["a_archive"])
+        assert np.array_equal(file["frames"][3], store.frames([first + 3])[0])
+        assert np.array_equal(file["times"][3], store.times(first + 3))
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error(root: Path) -> None:
+    store = ClipStore.open(root, SPLITS)
+    store.frames([0])
+    os.truncate(shard_paths(root, "a_archive")[0], 3000)
+    with pytest.raises(StoreError, match=r"a_archive\.h5 is damaged: it ends early"):
+        store.frames([len(SHARDS["a_archive"]) - 1])

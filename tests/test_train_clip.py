@@ -66,7 +66,7 @@ def write_store(root: Path, num_clips: int = 64) -> None:
     names = list(COLOURS)
     random = np.random.default_rng(0)
     texts, clips = [], []
-    with ShardWriter(root, "colours", Settings(4.0, 4, 16)) as writer:
+    with ShardWriter(root, "colours", Settings(4.0, 4, 16), num_clips) as writer:
         for i in range(num_clips):
             top, bottom = names[i % 8], names[(i // 8) % 8]
             frames = np.zeros((4, 16, 16, 3))

@@ -252,7 +252,7 @@ def test_a_store_of_an_older_format_is_made_again(tmp_path: Path, capsys) -> Non
     preprocess(config(tmp_path))
     index = shard_paths(tmp_path, "a")[2]
     index.write_text(json.dumps({**read_index(index), "format": 1}))
-    with pytest.raises(StoreError, match="format 1, this code reads 2: run preprocess"):
+    with pytest.raises(StoreError, match="format 1, this code reads 3: run preprocess"):
         open_store(config(tmp_path))
     assert preprocess(config(tmp_path)).made == 2 and "it is made again" in capsys.readouterr().out
     assert len(open_store(config(tmp_path))) == 2
@@ -260,6 +260,9 @@ def test_a_store_of_an_older_format_is_made_again(tmp_path: Path, capsys) -> Non
 
 def test_the_writer_needs_the_number_of_bytes(tmp_path: Path) -> None:
     settings = Settings(8.0, 2, 8, encoding="h264")
-    with pytest.raises((TypeError, ValueError)), ShardWriter(tmp_path, "s", settings, 4) as writer:
+    with (
+        pytest.raises(ValueError, match="4 bytes is full"),
+        ShardWriter(tmp_path, "s", settings, 1, 4) as writer,
+    ):
         writer.append(np.zeros(5, np.uint8), np.zeros(2))
     assert not shard_paths(tmp_path, "s")[0].exists()

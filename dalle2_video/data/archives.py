@@ -284,11 +284,12 @@ def _list_archive(path: Path, shard: str, members: _Members) -> None:
 def _zip_or_tar(archive: str) -> Iterator[tuple[Member, str]]:
     """(member, why it is no plain file or "") by the file's content, not its suffix."""
     if archive.lower().endswith(".zip") or zipfile.is_zipfile(archive):
-        for info in _open_zip(archive).infolist():
-            link = stat.S_ISLNK(info.external_attr >> 16)
-            if not info.is_dir():
-                cause = "is a link, which is not followed" if link else ""
-                yield Member(archive, "zip", info.filename, info.file_size), cause
+        with zipfile.ZipFile(archive) as packed:
+            for info in packed.infolist():
+                link = stat.S_ISLNK(info.external_attr >> 16)
+                if not info.is_dir():
+                    cause = "is a link, which is not followed" if link else ""
+                    yield Member(archive, "zip", info.filename, info.file_size), cause
         return
     try:
         tar, kind = tarfile.open(archive, "r:"), "tar"

@@ -216,7 +216,7 @@ def _make_shard(
                 known[clip] = source.name
             bar.update()
         kept = [clip for clip in journal.clips if clip["status"] == "kept"]
-        with ShardWriter(out, source.name, settings, journal.num_bytes) as shard:
+        with ShardWriter(out, source.name, settings, journal.rows, journal.num_bytes) as shard:
             for clip, windows in zip(kept, journal.windows(), strict=True):
                 for window, times in zip(windows, clip["times"], strict=True):
                     shard.append(window, np.array(times))

@@ -1,8 +1,8 @@
 """What preprocess writes and every stage reads: shards of frames, their texts, and an index.
 
-<root>/videos/<shard>.h5    a row per window; raw: "frames" uint8 RGB (N, F, H, W, 3), one chunk per
-                            row; h264: "video" uint8, a small video per row end to end, and "end"
-                            int64 (N,); both: "times" float64 (N, F) seconds; attributes: settings
+<root>/videos/<shard>.h5    a row per window; raw: "frames" uint8 RGB (N, F, H, W, 3); h264: "video"
+                            uint8, a small video per row end to end, and "end" int64 (N,); both:
+                            "times" float64 (N, F) seconds; attributes: settings. All contiguous
 <root>/texts/<shard>.pt     the tokens and the words of every line of every category, flat tensors
 <root>/index/<shard>.json   every clip of the archive: status, first row and number of windows, or
                             cause; written last, so a shard without it does not exist
@@ -33,7 +33,7 @@ from dalle2_video.data.video import ClipError, decode_window
 
 __all__ = ["ClipStore", "Settings", "ShardWriter", "StoreError", "split_of", "youtube_id"]
 
-FORMAT = 2
+FORMAT = 3
 CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
 
 
@@ -106,51 +106,55 @@ class Settings:
 
 
 class ShardWriter:
-    """Context that appends windows to videos/<shard>.h5; it appears if the block ends well.
+    """Context that appends `rows` windows to videos/<shard>.h5; it appears if the block ends well.
 
     num_bytes: of all windows together, which "h264" needs to know beforehand.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], shard: str, settings: Settings, num_bytes: int = 0
+        self,
+        root: str | os.PathLike[str],
+        shard: str,
+        settings: Settings,
+        rows: int,
+        num_bytes: int = 0,
     ) -> None:
-        self.settings, self.num_bytes = settings, num_bytes
-        self._end: list[int] = []
+        self.settings, self.rows, self.num_bytes = settings, rows, num_bytes
+        self._row = self._byte = 0
         self._whole = whole(Path(root) / "videos" / f"{shard}.h5")
 
     def __enter__(self) -> ShardWriter:
-        shape = self.settings.shape
+        rows, shape = self.rows, self.settings.shape
         self._file = h5py.File(self._whole.__enter__(), "w")
         self._file.attrs.update(format=FORMAT, **asdict(self.settings))
         if self.settings.encoding == "raw":
-            self._frames = self._file.create_dataset(
-                "frames", (0, *shape), np.uint8, maxshape=(None, *shape), chunks=(1, *shape)
-            )
+            self._frames = self._file.create_dataset("frames", (rows, *shape), np.uint8)
         else:
-            self._video = self._file.create_dataset("video", (self.num_bytes,), np.uint8)
-        self._times = self._file.create_dataset(
-            "times", (0, shape[0]), np.float64, maxshape=(None, shape[0]), chunks=(64, shape[0])
-        )
+            self._frames = self._file.create_dataset("video", (self.num_bytes,), np.uint8)
+            self._end = self._file.create_dataset("end", (rows,), np.int64)
+        self._times = self._file.create_dataset("times", (rows, shape[0]), np.float64)
         return self
 
     def append(self, window: np.ndarray, times: np.ndarray) -> int:
         """Adds a window and its float64 (F,) seconds; returns the row.
 
-        window: uint8, (F, H, W, 3) or flat where raw; the bytes of its video where h264.
+        window: uint8, (F, H, W, 3) or flat where raw; the bytes of its video where h264. ValueError
+        for another shape, or more windows or bytes than were announced.
         """
-        row, shape = len(self._times), self.settings.shape
+        row, shape = self._row, self.settings.shape
         raw = self.settings.encoding == "raw"
         if window.dtype != np.uint8 or (raw and window.size != math.prod(shape)):
             raise ValueError(f"a clip must be uint8 {shape}, not {window.dtype} {window.shape}")
-        self._times.resize(row + 1, 0)
+        end = self._byte + window.size
+        if row == self.rows or not (raw or end <= self.num_bytes):
+            raise ValueError(f"a shard of {self.rows} windows, {self.num_bytes} bytes is full")
         self._times[row] = times
         if raw:
-            self._frames.resize(row + 1, 0)
             self._frames[row] = window.reshape(shape)
         else:
-            begin = self._end[-1] if self._end else 0
-            self._end.append(begin + window.size)
-            self._video[begin : self._end[-1]] = window
+            self._frames[self._byte : end] = window
+            self._end[row] = end
+        self._row, self._byte = row + 1, end
         return row
 
     def __exit__(
@@ -159,9 +163,11 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.settings.encoding != "raw":
-            self._file["end"] = np.array(self._end, np.int64)
         self._file.close()
+        if kind is None and self._row < self.rows:
+            error = ValueError(f"a shard of {self.rows} windows got {self._row}")
+            self._whole.__exit__(ValueError, error, None)
+            raise error
         self._whole.__exit__(kind, error, trace)
 
 
@@ -302,11 +308,13 @@ class ClipStore:
         """
         out = np.empty((len(clips), *self.settings.shape), np.uint8)
         positions = np.asarray(clips, np.int64)
-        for i in np.lexsort((self._row[positions], self._shard[positions])):
+        order = np.lexsort((self._row[positions], self._shard[positions]))
+        for clip in positions[order].tolist():
+            self._open(self.home(clip)).expect(int(self._row[clip]))
+        for i in order:
             clip = int(positions[i])
             if self.settings.encoding == "raw":
-                frames = self._open(self.home(clip)).frames
-                frames.read_direct(out, np.s_[self._row[clip]], np.s_[i])
+                self._open(self.home(clip)).read_frames(int(self._row[clip]), out[i])
                 continue
             try:
                 decode_window(self.stored(clip), out[i])
@@ -316,14 +324,11 @@ class ClipStore:
 
     def stored(self, clip: int) -> np.ndarray:
         """uint8 (bytes,): the window at position `clip` as it lies on disk."""
-        shard, row = self._open(self.home(clip)), int(self._row[clip])
-        if shard.end is None:
-            return shard.frames[row].reshape(-1)
-        return shard.frames[int(shard.end[row - 1]) if row else 0 : int(shard.end[row])]
+        return self._open(self.home(clip)).stored(int(self._row[clip]))
 
     def times(self, clip: int) -> np.ndarray:
         """float64 (F,): the time stamps in seconds of the clip's frames."""
-        return self._open(self.home(clip)).times[self._row[clip]]
+        return self._open(self.home(clip)).times(int(self._row[clip]))
 
     def lines(self, clip: int) -> dict[str, list[Line]]:
         """The clip's lines by category, with their tokens."""
@@ -348,17 +353,57 @@ class ClipStore:
 
 
 class _Shard:
-    """An open videos/<shard>.h5: frames (raw, or videos end to end), end of each video, times.
+    """An open videos/<shard>.h5, read by its offsets.
 
-    Without HDF5's cache of chunks: a row is read once, and 70 open shards would fill it 70 times.
+    HDF5 says where the contiguous data sets lie, and is closed again: an open HDF5 file takes 1 MB,
+    one more in a worker for every shard, and a read through it three times as long.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)
+        self.path, self.shape = path, settings.shape
         raw = settings.encoding == "raw"
-        self.frames = _data(self.file, "frames" if raw else "video")
-        self.end = None if raw else _data(self.file, "end")[:]
-        self.times = _data(self.file, "times")
+        with h5py.File(path, "r", locking=False) as file:
+            self.end = None if raw else _data(file, "end")[:]
+            self.frames_at = _data(file, "frames" if raw else "video").id.get_offset()
+            self.times_at = _data(file, "times").id.get_offset()
+        self.file = open(path, "rb", buffering=0)
+
+    def expect(self, row: int) -> None:
+        """Lets the system begin to read a row: a disk serves many requests at once faster."""
+        if self.frames_at is None or not hasattr(os, "posix_fadvise"):
+            return
+        size = math.prod(self.shape)
+        begin, end = row * size, (row + 1) * size
+        if self.end is not None:
+            begin, end = int(self.end[row - 1]) if row else 0, int(self.end[row])
+        place = self.frames_at + begin
+        os.posix_fadvise(self.file.fileno(), place, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def read_frames(self, row: int, out: np.ndarray) -> None:
+        """Fills uint8 (F, H, W, 3) with a raw row."""
+        self._fill(out, self.frames_at, row * out.nbytes)
+
+    def stored(self, row: int) -> np.ndarray:
+        """uint8 (bytes,): a row as it lies on disk."""
+        if self.end is None:
+            out = np.empty(math.prod(self.shape), np.uint8)
+            self._fill(out, self.frames_at, row * out.nbytes)
+            return out
+        begin = int(self.end[row - 1]) if row else 0
+        out = np.empty(int(self.end[row]) - begin, np.uint8)
+        self._fill(out, self.frames_at, begin)
+        return out
+
+    def times(self, row: int) -> np.ndarray:
+        """float64 (F,)."""
+        out = np.empty(self.shape[0], np.float64)
+        self._fill(out, self.times_at, row * out.nbytes)
+        return out
+
+    def _fill(self, out: np.ndarray, base: int | None, place: int) -> None:
+        read = -1 if base is None else os.preadv(self.file.fileno(), [out.data], base + place)
+        if read != out.nbytes:
+            raise StoreError(f"{self.path} is damaged: it ends early; delete it, run preprocess")
 
 
 def _data(file: h5py.File, name: str) -> h5py.Dataset:

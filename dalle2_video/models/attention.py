@@ -4,6 +4,9 @@ Spatial attention: each frame by itself. Temporal attention: each position by it
 frames, with a learned relative position bias (T5 buckets). Cross attention: every position to the
 tokens of the condition. Each is a pre-norm residual branch on (B, F, H, W, C) whose output starts
 at zero.
+
+The last `images` of the F frames may be images of their own (joint training, same section): none of
+them sees another frame, nor is seen, and each has its own condition.
 """
 
 from __future__ import annotations
@@ -60,6 +63,12 @@ class RelativePositionBias(nn.Module):
         return self.bias(self.bucket(position[None, :] - position[:, None])).permute(2, 0, 1)
 
 
+def frames_seen(frames: int, images: int, device: torch.device) -> Tensor:
+    """bool (frames, frames), query by key: a clip's frames see each other, an image itself."""
+    clip = torch.arange(frames, device=device) < frames - images
+    return (clip[:, None] & clip) | torch.eye(frames, dtype=torch.bool, device=device)
+
+
 class SpatialAttention(nn.Module):
     """Self-attention over the positions of each frame."""
 
@@ -87,17 +96,22 @@ class TemporalAttention(nn.Module):
         self.position_bias = RelativePositionBias(dim // head_dim)
         self.to_out = zero_init(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, images: int = 0) -> Tensor:
         b, f, h, w, c = x.shape
         tokens = self.norm(x).reshape(b, f, h * w, c).transpose(1, 2).flatten(0, 1)
         q, k, v = self.to_qkv(tokens).chunk(3, dim=-1)
         bias = self.position_bias(f, x.device)
+        if images:
+            bias = bias.masked_fill(~frames_seen(f, images, x.device), float("-inf"))
         out = self.to_out(attend(q, k, v, self.head_dim, bias[None]))
         return x + out.reshape(b, h * w, f, c).transpose(1, 2).reshape(x.shape)
 
 
 class CrossAttention(nn.Module):
-    """Attention of every position to the tokens (B, N, context_dim) where mask (B, N) is True."""
+    """Attention of every position to the tokens (B, N, context_dim) where mask (B, N) is True.
+
+    With images: tokens of the B clips (none where all frames are images), then of the B x images.
+    """
 
     def __init__(self, dim: int, context_dim: int, head_dim: int) -> None:
         super().__init__()
@@ -107,8 +121,21 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)
         self.to_out = zero_init(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        q = self.to_q(self.norm(x)).flatten(1, 3)
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor, images: int = 0) -> Tensor:
+        q = self.to_q(self.norm(x))
         k, v = self.to_kv(context).chunk(2, dim=-1)
-        out = attend(q, k, v, self.head_dim, mask[:, None, None, :])
-        return x + self.to_out(out).reshape(x.shape)
+        mask, clips = mask[:, None, None, :], len(context) - len(x) * images
+        if not images:
+            out = attend(q.flatten(1, 3), k, v, self.head_dim, mask).reshape(x.shape)
+            return x + self.to_out(out)
+        parts = []
+        for frames, rows in (
+            (slice(0, -images), slice(0, clips)),
+            (slice(-images, None), slice(clips, None)),
+        ):
+            if k[rows].shape[0]:
+                part = q[:, frames]
+                tokens = part.reshape(k[rows].shape[0], -1, q.shape[-1])
+                out = attend(tokens, k[rows], v[rows], self.head_dim, mask[rows])
+                parts.append(out.reshape(part.shape))
+        return x + self.to_out(torch.cat(parts, dim=1))

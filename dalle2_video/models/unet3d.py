@@ -7,6 +7,11 @@ cross attention. Deviations: layer norm over channels in place of group norm; a 
 embedding, so that each frame has a condition of its own (what a caption says of a course of events
 differs by frame); the text's own embedding and its pooled states join the time embedding (GLIDE;
 Imagen, Saharia et al. 2022); each text token is first joined with its neighbours.
+
+Joint training (section 3): J independent images are appended to the F frames of each clip, with
+conditions and noise levels of their own, I = B + B J in all: the clips' first, then image j of clip
+b at b J + j. They have no place in time.
+
 B batch, F frames, H W, C channels, N text tokens.
 """
 
@@ -45,8 +50,8 @@ class UnetConfig:
 
     image_size, num_frames: of the clips it is trained on. patch: pixel-unshuffle stem (1: none).
     mults: width of each level over dim; each level has half the resolution of the one before.
-    attention, cross_attention: per level. embedding_dim, text_dim: of the CLIP it is conditioned
-    on.
+    attention, cross_attention: per level. self_condition: it also sees its last estimate of the
+    clip (Chen et al. 2022, Analog Bits, section 3).
     """
 
     image_size: int = 32
@@ -62,6 +67,7 @@ class UnetConfig:
     cond_dim: int = 256
     embedding_tokens: int = 4
     dropout: float = 0.0
+    self_condition: bool = False
 
     def __post_init__(self) -> None:
         levels = len(self.mults)
@@ -114,8 +120,18 @@ class Condition(NamedTuple):
 
     @staticmethod
     def cat(a: Condition, b: Condition) -> Condition:
-        """Both along the batch; their numbers of tokens must agree."""
+        """Both along the batch; the one with fewer tokens is padded."""
+        tokens = max(a.text.shape[1], b.text.shape[1])
+        a, b = a.padded(tokens), b.padded(tokens)
         return Condition(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
+
+    def padded(self, tokens: int) -> Condition:
+        """The same with this many text tokens."""
+        more = tokens - self.text.shape[1]
+        return self._replace(
+            text=F.pad(self.text, (0, 0, 0, more)),
+            text_place=F.pad(self.text_place, (0, more), value=-1),
+        )
 
 
 class Neighbours(nn.Module):
@@ -139,8 +155,8 @@ class Neighbours(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """Condition, log-SNR and embedding of the frames' places (F, 32) -> (B, F, cond_dim) for the
-    norms and tokens (B, M + N, cond_dim) with mask.
+    """Condition and log-SNR -> what they say together (I, cond_dim), and tokens (I, M + N,
+    cond_dim) with mask; `per_frame` makes of the first what the norms take.
     """
 
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
@@ -171,9 +187,17 @@ class ConditionEncoder(nn.Module):
         self.whiten_text.fit(examples.states)
         self.whiten_text_embedding.fit(examples.text)
 
-    def forward(
-        self, log_snr: Tensor, frames: Tensor, condition: Condition
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def per_frame(self, says: Tensor, places: Tensor, batch: int, images: int) -> Tensor:
+        """(I, cond_dim) and the embedding of the frames' places (F + J, 32) -> (B, F + J,
+        cond_dim).
+        """
+        clips = len(says) - batch * images
+        frames = [says[clips:].unflatten(0, (batch, images))] if images else []
+        if clips:
+            frames.insert(0, says[:clips, None].expand(-1, len(places) - images, -1))
+        return self.mlp(torch.cat(frames, dim=1) + self.frame(places))
+
+    def forward(self, log_snr: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
         embedding = torch.where(
             condition.keep_embedding[:, None],
             self.whiten_embedding(condition.embedding),
@@ -195,12 +219,10 @@ class ConditionEncoder(nn.Module):
         score = self.pool_score(text).masked_fill(~mask[..., None], float("-inf")).softmax(1)
         pooled = self.pool_norm(torch.einsum("bnk,bnd->bkd", score, text)).flatten(1)
         says = self.text_embedding(whole) + self.pool(pooled)
-        clip = self.log_snr(log_snr) + self.embedding(embedding) + says
-        cond = self.mlp(clip[:, None] + self.frame(frames))
-
+        says = self.log_snr(log_snr) + self.embedding(embedding) + says
         extra = self.embedding_to_tokens(embedding).unflatten(-1, (self.tokens, -1))
         tokens = torch.cat([extra.to(text.dtype), text], dim=1)
-        return cond, tokens, F.pad(mask, (self.tokens, 0), value=True)
+        return says, tokens, F.pad(mask, (self.tokens, 0), value=True)
 
 
 class Block(nn.Module):
@@ -212,12 +234,14 @@ class Block(nn.Module):
         self.res = ResBlock(dim_in, dim, config.cond_dim, config.dropout)
         attention, cross = config.attention[level], config.cross_attention[level]
         self.space = SpatialAttention(dim, config.head_dim) if attention else nn.Identity()
-        self.time = TemporalAttention(dim, config.head_dim) if attention else nn.Identity()
+        self.time = TemporalAttention(dim, config.head_dim) if attention else None
         self.cross = CrossAttention(dim, config.cond_dim, config.head_dim) if cross else None
 
-    def forward(self, x: Tensor, cond: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        x = self.time(self.space(self.res(x, cond)))
-        return x if self.cross is None else self.cross(x, tokens, mask)
+    def forward(self, x: Tensor, cond: Tensor, tokens: Tensor, mask: Tensor, images: int) -> Tensor:
+        x = self.space(self.res(x, cond))
+        if self.time is not None:
+            x = self.time(x, images)
+        return x if self.cross is None else self.cross(x, tokens, mask, images)
 
 
 class Unet3D(nn.Module):
@@ -239,7 +263,7 @@ class Unet3D(nn.Module):
         dims = [config.dim * m for m in config.mults]
         patch_dim = config.channels * config.patch**2
         self.condition = ConditionEncoder(config, embedding_dim, text_dim)
-        self.stem = SpatialConv(patch_dim, dims[0])
+        self.stem = SpatialConv(patch_dim * (1 + config.self_condition), dims[0])
         self.frame_position = nn.Linear(FRAME_DIM, dims[0])
         self.down = nn.ModuleList()
         self.downsample = nn.ModuleList()
@@ -268,31 +292,46 @@ class Unet3D(nn.Module):
         self.out = SpatialConv(dims[0], patch_dim)
         zero_init(self.out)
 
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: Tensor | int) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         return block(*inputs)
 
-    def forward(self, z: Tensor, log_snr: Tensor, condition: Condition) -> Tensor:
-        """z (B, C, F, H, W), log_snr (B,) -> (B, C, F, H, W) in the dtype of z."""
+    def forward(
+        self,
+        z: Tensor,
+        log_snr: Tensor,
+        condition: Condition,
+        images: int = 0,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """z (B, C, F + J, H, W), log_snr (I,), condition of I -> (B, C, F + J, H, W) in z's dtype.
+
+        images: J; the clips may have no frame of their own. before: the last estimate of x0, like
+        z, where the network is self-conditioned; None: there is none yet.
+        """
         # from half a period per frame, so that even and odd frames can be told apart
-        frame = math.pi * torch.arange(z.shape[2], device=z.device)
-        frames = sinusoidal(frame, FRAME_DIM, 100.0)
-        cond, tokens, mask = self.condition(log_snr, frames, condition)
+        frame = math.pi * torch.arange(z.shape[2] - images, device=z.device)
+        places = F.pad(sinusoidal(frame, FRAME_DIM, 100.0), (0, 0, 0, images))
+        says, tokens, mask = self.condition(log_snr, condition)
+        cond = self.condition.per_frame(says, places, len(z), images)
+        if self.config.self_condition:
+            z = torch.cat([z, torch.zeros_like(z) if before is None else before], dim=1)
         x = self.stem(space_to_channels(z.permute(0, 2, 3, 4, 1), self.config.patch))
-        x = x + self.frame_position(frames)[None, :, None, None]
+        x = x + self.frame_position(places)[None, :, None, None]
+        inputs = cond, tokens, mask, images
         skips = [x]
         for level, blocks in enumerate(self.down):
             for block in cast(nn.ModuleList, blocks):
-                x = self._run(block, x, cond, tokens, mask)
+                x = self._run(block, x, *inputs)
                 skips.append(x)
             if level < len(self.downsample):
                 x = self.downsample[level](x)
                 skips.append(x)
-        x = self._run(self.middle, x, cond, tokens, mask)
+        x = self._run(self.middle, x, *inputs)
         for level, blocks in enumerate(self.up):
             for block in cast(nn.ModuleList, blocks):
-                x = self._run(block, torch.cat([x, skips.pop()], dim=-1), cond, tokens, mask)
+                x = self._run(block, torch.cat([x, skips.pop()], dim=-1), *inputs)
             if level < len(self.upsample):
                 x = self.upsample[level](x)
         x = self.out(F.silu(self.norm(x, cond)))
