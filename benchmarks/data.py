@@ -373,7 +373,7 @@ for _ in islice(train_loader(data, 50, workers=1), len(data) // 50):
 
 def bench_memory(out: Path) -> dict:
     """Peak megabytes of the first process and of the largest worker: private memory that the system
-    could not take back (pages of mapped files are none: it may drop them, and processes share them).
+    could not take back (pages of mapped files are none: it may drop them, processes share them).
     """
     figures = {}
     clips = [draw_clip(clip, FaceFormat()) for clip in plan(8, seed=0)]
