@@ -356,7 +356,7 @@ class _Shard:
     """An open videos/<shard>.h5, read by its offsets.
 
     HDF5 says where the contiguous data sets lie, and is closed again: an open HDF5 file takes 1 MB,
-    one more in a worker for every shard, and a read through it four times as long (docs/data.md).
+    one more in a worker for every shard, and a read through it four times as long.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
