@@ -29,8 +29,14 @@ test: $(STAMP)  ## lint, types and the default tests (below 10 minutes on 2 core
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
+test-gpu: $(STAMP)  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: $(STAMP)  ## training speed of the presets on a GPU
+	$(BIN)/python -m benchmarks.unet gpu
+
 format: $(STAMP)  ## format and sort imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help install demo test test-slow format
+.PHONY: help install demo test test-slow test-gpu bench-gpu format

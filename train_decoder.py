@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     sampling = sample_config(cfg)
     run = run_config(cfg, cfg.unet)
     conditions = load_conditions(
-        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, True, cfg.validation
+        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, True, cfg.validation, section.images
     )
     stage = decoder_stage(cfg.unet, section, conditions, sampling, cfg.seed)
     train(stage, section.train, run)

@@ -96,6 +96,7 @@ class Judge:
                 counters,
                 config,
                 bar.update,
+                unet.config.self_condition,
             )
             seconds += time.perf_counter() - begun
             parts.append(to_uint8(video).cpu())

@@ -136,23 +136,31 @@ def sample_embeddings(
 
 
 def sample_clips(
-    unet: Callable[[Tensor, Tensor, Condition], Tensor],
+    unet: Callable[..., Tensor],
     shape: tuple[int, ...],
     diffusion: DiffusionConfig,
     condition: Condition,
     counters: Tensor,
     config: SampleConfig,
     progress: Progress | None = None,
+    self_condition: bool = False,
 ) -> Tensor:
     """Clips (B, *shape) float32 about [-1, 1] from conditions, shape (C, F, H, W).
 
-    unet: a Unet3D or what wraps it. counters (B,) key the noise.
+    unet: a Unet3D or what wraps it; self_condition: whether it wants its last estimate. counters
+    (B,) key the noise.
     """
     device = condition.embedding.device
     two = Condition.cat(condition, condition.dropped())
 
+    estimate: Tensor | None = None
+
     def network(z: Tensor, log_snr: Tensor) -> Tensor:
-        return unet(z, log_snr, two if len(z) > len(counters) else condition)
+        doubled = len(z) > len(counters)
+        known = two if doubled else condition
+        if not self_condition or estimate is None:
+            return unet(z, log_snr, known)
+        return unet(z, log_snr, known, 0, estimate.repeat(1 + doubled, 1, 1, 1, 1))
 
     steps = sampler_steps(diffusion.schedule, config.steps, device)
     denoise: Denoiser = denoiser(network, diffusion.prediction)
@@ -162,6 +170,15 @@ def sample_clips(
         denoise = static_threshold(denoise)
     elif config.threshold == "dynamic":
         denoise = dynamic_threshold(denoise)
+
+    thresholded = denoise
+
+    def remember(z: Tensor, log_snr: Tensor) -> Tensor:
+        nonlocal estimate
+        estimate = thresholded(z, log_snr)
+        return estimate
+
+    denoise = remember
 
     def noise(i: int) -> Tensor:
         return keyed.randn(shape, config.seed, counters, f"sample/{i}", device)
@@ -306,6 +323,7 @@ class Cascade:
                     counters,
                     config,
                     progress,
+                    self.base.config.self_condition,
                 )
             clips.append(to_uint8(video).cpu())
         return torch.cat(clips)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +22,16 @@ from dalle2_video.data.dataset import (
     train_loader,
 )
 from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
-from dalle2_video.data.store import ClipStore, Settings, StoreError, split_of, youtube_id
+from dalle2_video.data.store import (
+    ClipStore,
+    Place,
+    Settings,
+    ShardWriter,
+    StoreError,
+    split_of,
+    youtube_id,
+)
+from dalle2_video.data.video import encode_window
 from tests.media import clip_id, clip_value, write_store
 
 SPLITS = {"train": 0.7, "val": 0.3}
@@ -299,3 +309,51 @@ def test_a_slice_that_does_not_exist_is_refused(store: ClipStore) -> None:
             train_loader(data, 4, **bad)
     with pytest.raises(ValueError, match="no such slice"):
         eval_loader(data, 0)
+
+
+# ---------------------------------------------------------------- images beside the clips
+
+
+def test_images_come_with_their_own_captions_in_an_order_of_their_own(store: ClipStore) -> None:
+    data = dataset(store, images=3)
+    batch = next(train_loader(data, 4))
+    assert batch.images is not None and batch.images.frames is not None
+    assert batch.images.frames.shape == (12, 1, 8, 8, 3) and len(batch.images.captions) == 12
+    assert batch.images.counters.tolist() == list(range(12))
+    for key, lines, frames in zip(
+        batch.images.keys, batch.images.captions, batch.images.frames, strict=True
+    ):
+        clip = key.split(":")[0]
+        assert (frames == clip_value(clip)).all()
+        assert any(clip in line for line in lines) or all("light" in line for line in lines)
+    epoch = [data.image_pointer(c).index for c in range(len(data))]
+    assert sorted(epoch) == list(range(len(data)))
+    assert epoch != [data.pointer(c).index for c in range(len(data))]
+    assert next(eval_loader(data, 4)).images is None
+
+
+def test_images_do_not_depend_on_ranks_and_workers(store: ClipStore) -> None:
+    """And the clips beside them are those of training without images."""
+    data = dataset(store, images=2)
+    alone = list(islice(train_loader(data, 8), 3))
+    ranks = [train_loader(data, 4, rank, 2, workers=rank) for rank in range(2)]
+    for whole, *parts in zip(alone, *ranks, strict=False):
+        images = [part.images for part in parts]
+        assert [k for part in images for k in part.keys] == whole.images.keys
+        assert torch.equal(torch.cat([part.frames for part in images]), whole.images.frames)
+    assert same(replace(alone[1], images=None), list(islice(train_loader(dataset(store), 8), 2))[1])
+
+
+@pytest.mark.parametrize("encoding", ["raw", "h264"])
+def test_stills_are_the_frames_of_their_windows(tmp_path: Path, encoding: str) -> None:
+    settings = Settings(8.0, 4, 16, encoding=encoding)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8)
+    windows = [encode_window(f, 8.0) for f in frames] if encoding == "h264" else list(frames)
+    with ShardWriter(tmp_path, "a", settings, 3, sum(w.size for w in windows)) as writer:
+        for window in windows:
+            writer.append(window, np.arange(4) / 8)
+    clips = [Place(clip_id(k), "a", k, 0, k) for k in range(3)]
+    store = ClipStore(tmp_path, settings, clips, {"train": 1.0}, 0)
+    whole = store.frames([0, 1, 2])
+    stills = store.stills([2, 0, 2, 1], [3, 1, 0, 2])
+    assert np.array_equal(stills, whole[[2, 0, 2, 1], [3, 1, 0, 2]])

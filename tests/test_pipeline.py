@@ -27,7 +27,12 @@ from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError
 from dalle2_video.data.video import to_float
 from dalle2_video.generate import Cascade, SampleConfig, load_clip, read_texts, sample_embeddings
 from dalle2_video.models.whitening import Whitening
-from dalle2_video.training.conditions import draw_times, keep_masks, load_conditions
+from dalle2_video.training.conditions import (
+    draw_times,
+    keep_masks,
+    load_conditions,
+    shared_coin,
+)
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.prior import PriorSection, prior_stage
 from dalle2_video.training.setup import store_of
@@ -129,22 +134,85 @@ def test_the_same_command_again_changes_nothing(configure, run_dir) -> None:
     assert before == {s: file_hash(run_dir / s / "model.safetensors") for s in STAGES}
 
 
+JOINT = ["unets.base.images=2", "unets.base.image_only=0.5", "unets.base.model.self_condition=true"]
+
+
+@pytest.fixture(scope="module")
+def joint_dir(configure, run_dir) -> Path:
+    """The base trained with images and self-conditioning; some of its steps have images alone."""
+    cfg = configure(*JOINT, run="joint")
+    for stage in ("clip", "prior"):
+        shutil.copytree(run_dir / stage, Path(cfg.run_dir) / stage)
+    train_decoder.main(cfg)
+    return Path(cfg.run_dir)
+
+
+def test_joint_training_with_self_conditioning(configure, joint_dir) -> None:
+    coins = {
+        stream: {shared_coin(0.5, 0, step, stream) for step in range(4)}
+        for stream in ("image_only", "self_condition")
+    }
+    assert all(len(sides) == 2 for sides in coins.values()), "the test needs steps of each kind"
+    lines = read_metrics(joint_dir / "base" / "metrics.jsonl")
+    both = [(line["loss_clips"], line["loss_images"]) for line in lines if "loss_clips" in line]
+    assert both and all(0.05 < loss < 5 for pair in both for loss in pair)
+    frames = Cascade.load(joint_dir).sample(["a man smiles", "a woman"], FAST)
+    assert frames.shape == (2, 8, 32, 32, 3)
+    cfg = configure(*JOINT, run="joint_resumed")
+    again = Path(cfg.run_dir)
+    shutil.copytree(joint_dir, again)
+    (again / "base" / "model.safetensors").unlink()
+    shutil.rmtree(again / "base" / "checkpoints" / "000000000032")
+    train_decoder.main(cfg)
+    hashes = [file_hash(folder / "base" / "model.safetensors") for folder in (joint_dir, again)]
+    assert hashes[0] == hashes[1], "resumed to the last bit"
+
+
+def test_compile_is_refused_where_weights_are_split(configure, run_dir, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="compile is for one process or DDP"):
+        train_decoder.main(configure("unets.base.compile=true"))
+
+
+@pytest.mark.slow
+def test_the_compiled_unet_trains_to_the_same_loss(configure, run_dir) -> None:
+    cfg = configure("unets.base.compile=true", run="compiled")
+    shutil.copytree(run_dir / "clip", Path(cfg.run_dir) / "clip")
+    train_decoder.main(cfg)
+    lines = [read_metrics(f / "base" / "metrics.jsonl") for f in (run_dir, Path(cfg.run_dir))]
+    plain, compiled = ([line["loss"] for line in part if "loss" in line] for part in lines)
+    assert plain and compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_images_that_cannot_be(configure) -> None:
+    for override, cause in (
+        ("unets.base.images=-1", "images must not be negative, got -1"),
+        ("unets.base.image_only=0.5", "image_only 0.5 needs images, which is 0"),
+        ("unets.base.image_only=2", r"image_only must be in \[0, 1\], not 2"),
+    ):
+        with pytest.raises(ConfigError, match=cause):
+            train_decoder.main(configure(override))
+
+
 @pytest.mark.parametrize(
-    ("stage", "strategy", "precision"),
+    ("stage", "strategy", "precision", "more"),
     [
-        ("clip", "zero3", "no"),
-        ("prior", "zero3", "no"),
-        ("base", "zero3", "no"),
-        ("base", "zero3", "bf16"),
-        ("base", "fsdp2", "no"),
+        ("clip", "zero3", "no", []),
+        ("prior", "zero3", "no", []),
+        ("base", "zero3", "no", []),
+        ("base", "zero3", "bf16", []),
+        ("base", "fsdp2", "no", []),
+        ("base", "zero3", "no", JOINT),
+        ("base", "ddp", "no", JOINT),
     ],
 )
 def test_a_stage_trains_sharded_over_two_processes(
-    configure, run_dir, stage, strategy, precision
+    configure, run_dir, joint_dir, stage, strategy, precision, more
 ) -> None:
     """`accelerate launch ... train_<stage>.py`: the losses and the weights of one process."""
-    cfg = configure(run=f"{stage}_{strategy}_{precision}")
+    cfg = configure(*more, run=f"{stage}_{strategy}_{precision}_{len(more)}")
     other = Path(cfg.run_dir)
+    run_dir = joint_dir if more else run_dir
     if stage != "clip":
         shutil.copytree(run_dir / "clip", other / "clip")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
@@ -153,7 +221,7 @@ def test_a_stage_trains_sharded_over_two_processes(
     places += [f"mixed_precision={precision}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(STAGES[stage][0].__file__), *SMALL, *places],
+        [*command, str(STAGES[stage][0].__file__), *SMALL, *more, *places],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -378,7 +446,7 @@ def test_times_cover_the_interval_evenly_and_are_keyed() -> None:
 
 def test_condition_dropout_has_the_stated_rates() -> None:
     drop = {"all": 0.1, "embedding": 0.3, "text": 0.2}
-    embedding, text = keep_masks(drop, 0, torch.arange(20_000))
+    embedding, text = keep_masks(drop, 0, torch.arange(20_000), "drop")
     assert (~embedding & ~text).float().mean() == pytest.approx(0.1 + 0.9 * 0.06, abs=0.01)
     assert (~embedding).float().mean() == pytest.approx(0.1 + 0.9 * 0.3, abs=0.01)
     assert (~text).float().mean() == pytest.approx(0.1 + 0.9 * 0.2, abs=0.01)

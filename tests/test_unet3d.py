@@ -230,3 +230,90 @@ def test_activation_checkpointing_runs_blocks_again_and_changes_no_gradient() ->
     assert little < 0.3 * much
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient)
+
+
+# ---------------------------------------------------------------- joint image-video training
+
+
+def joint(batch: int = 2, frames: int = 4, images: int = 3):
+    """A batch of clips with appended images: (z, log-SNRs and conditions of clips and images)."""
+    z, log_snr, condition = inputs(batch, frames)
+    _, _, other = inputs(batch * images, 1)
+    stills = torch.randn(batch, 3, images, 16, 16)
+    levels = torch.linspace(-2, 4, batch * images)
+    both = Condition.cat(condition, other._replace(text=other.text.flip(0)))
+    return torch.cat([z, stills], dim=2), torch.cat([log_snr, levels]), both
+
+
+def test_images_are_alone_and_the_clip_is_as_without_them() -> None:
+    """No information passes between masked frames: each part equals a run of its own."""
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = joint()
+    out = net(z, log_snr, condition, 3)
+    assert out.shape == z.shape
+    clip = net(z[:, :, :4], log_snr[:2], Condition(*(c[:2] for c in condition)))
+    torch.testing.assert_close(out[:, :, :4], clip, atol=1e-5, rtol=1e-4)
+    for b in range(2):
+        for j in range(3):
+            item = 2 + 3 * b + j
+            own = Condition(*(c[item : item + 1] for c in condition))
+            frame = z[b : b + 1, :, 4 + j : 5 + j]
+            alone = net(frame, log_snr[item : item + 1], own, 1)
+            torch.testing.assert_close(
+                out[b : b + 1, :, 4 + j : 5 + j], alone, atol=1e-5, rtol=1e-4
+            )
+
+
+def test_no_gradient_passes_between_images_and_clip() -> None:
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = joint()
+    z.requires_grad_()
+    text = condition.text.clone().requires_grad_()
+    out = net(z, log_snr, condition._replace(text=text), 3)
+    seen, words = torch.autograd.grad(out[0, :, 5].square().sum(), [z, text], retain_graph=True)
+    assert seen[0, :, 5].abs().max() > 1e-4 and seen[1].abs().max() == 0
+    seen[0, :, 5] = 0
+    assert seen.abs().max() == 0, "an image sees itself alone"
+    assert words.flatten(1).abs().amax(1).nonzero().flatten().tolist() == [3], "and its own text"
+    seen, words = torch.autograd.grad(out[1, :, 0].square().sum(), [z, text])
+    assert (seen[1].abs().amax((0, 2, 3)) > 0).tolist() == [True] * 4 + [False] * 3
+    assert words.flatten(1).abs().amax(1).nonzero().flatten().tolist() == [1]
+
+
+def test_every_parameter_takes_part_in_a_step_of_images_alone() -> None:
+    """One without a gradient would break DDP, and hang ZeRO-3."""
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = joint()
+    keep = torch.arange(6) % 2 == 0
+    condition = Condition(*(c[2:] for c in condition))
+    condition = condition._replace(keep_text=keep, keep_embedding=~keep)
+    net(z[:, :, 4:], log_snr[2:], condition, 3).square().sum().backward()
+    assert not [name for name, p in net.named_parameters() if p.grad is None]
+
+
+def test_conditions_with_other_numbers_of_tokens_are_joined() -> None:
+    _, _, condition = inputs()
+    short = condition._replace(text=condition.text[:, :3], text_place=condition.text_place[:, :3])
+    both = Condition.cat(short, condition)
+    assert both.text.shape == (4, 5, 12) and (both.text_place[:2, 3:] == -1).all()
+    assert torch.equal(both.text[2:], condition.text)
+
+
+# ---------------------------------------------------------------- self-conditioning, compilation
+
+
+def test_self_conditioning_sees_the_last_estimate() -> None:
+    net = awake(Unet3D(dataclasses.replace(SMALL, self_condition=True), 24, 12))
+    z, log_snr, condition = inputs()
+    first = net(z, log_snr, condition)
+    torch.testing.assert_close(first, net(z, log_snr, condition, 0, torch.zeros_like(z)))
+    assert (net(z, log_snr, condition, 0, torch.randn_like(z)) - first).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("images", [0, 3])
+def test_the_network_compiles_as_one_graph(images: int) -> None:
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, log_snr, condition = joint() if images else inputs()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    out = net(z, log_snr, condition, images)
+    torch.testing.assert_close(compiled(z, log_snr, condition, images), out, atol=1e-5, rtol=1e-4)

@@ -85,7 +85,8 @@ class Batch:
 
     counters int64 (B,); keys, "<clip id>:<window>"; frames uint8 RGB (B, F, H, W, 3) or None;
     tokens int64 (U, T), the unique lines; line_index int64 (B, L), -1 = no line; captions, the same
-    lines in words; embeddings float32 (B, D), l2-normalised, or None.
+    lines in words; embeddings float32 (B, D), l2-normalised, or None. images: a batch of B x J
+    clips of one frame, image j of clip b at b J + j, or None.
     """
 
     counters: Tensor
@@ -95,6 +96,7 @@ class Batch:
     line_index: Tensor
     captions: list[list[str]]
     embeddings: Tensor | None
+    images: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -106,7 +108,8 @@ class Batch:
             for field in fields(self)
             if field.name != "counters" and isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        images = None if self.images is None else self.images.to(device)
+        return replace(self, **moved, images=images)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (a DataLoader calls this)."""
@@ -115,7 +118,8 @@ class Batch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **pinned)
+        images = None if self.images is None else self.images.pin_memory()
+        return replace(self, **pinned, images=images)
 
 
 class CelebVTextDataset:
@@ -124,6 +128,8 @@ class CelebVTextDataset:
 
     seed keys the order and the caption choice; the store knows who is in which split.
     first_windows: one window of each clip, for evaluations that must not meet a caption twice.
+    images: with each clip of training come this many single frames of other clips, each with its
+    own caption and embedding; they have an order of their own.
     Raises StoreError where the split has no clip.
     """
 
@@ -136,6 +142,7 @@ class CelebVTextDataset:
         embeddings: Embeddings | None = None,
         load_frames: bool = True,
         first_windows: bool = False,
+        images: int = 0,
     ) -> None:
         self.store, self.name, self.seed = store, split, seed
         self.captions, self.embeddings, self.load_frames = captions, embeddings, load_frames
@@ -147,7 +154,10 @@ class CelebVTextDataset:
                 f"split {split!r} of {store.root} has none of its {len(store)} clips: "
                 "preprocess more archives or change data.splits"
             )
-        self._order = ClipOrder(len(self.clips), seed, store.shard_numbers(self.clips))
+        self.images, self._image_seed = images, keyed.key(seed, "seed", "images")
+        shards = store.shard_numbers(self.clips)
+        self._order = ClipOrder(len(self.clips), seed, shards)
+        self._image_order = ClipOrder(len(self.clips), self._image_seed, shards)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -169,8 +179,25 @@ class CelebVTextDataset:
         """The split's clip number `index`, which is its counter too."""
         return Pointer(index, index, self.key(index))
 
+    def image_pointer(self, counter: int) -> Pointer:
+        """Whose frame training meets as image number `counter`: image j of clip c is c J + j."""
+        index = self._image_order(counter)
+        return Pointer(counter, index, self.key(index))
+
+    def collate_training(self, pointers: Sequence[Pointer]) -> Batch:
+        """`collate`, with the images of these meetings where there are some."""
+        if not self.images:
+            return self.collate(pointers)
+        counters = [p.counter * self.images + j for p in pointers for j in range(self.images)]
+        images = self._collate(list(map(self.image_pointer, counters)), images=True)
+        return replace(self.collate(pointers), images=images)
+
     def collate(self, pointers: Sequence[Pointer]) -> Batch:
         """Loads the frames, chooses the captions and looks the embeddings up by key."""
+        return self._collate(pointers, images=False)
+
+    def _collate(self, pointers: Sequence[Pointer], images: bool) -> Batch:
+        seed = self._image_seed if images else self.seed
         clips = [self.clips[pointer.index] for pointer in pointers]
         keys = [pointer.key for pointer in pointers]
         for pointer, clip in zip(pointers, clips, strict=True):
@@ -178,14 +205,21 @@ class CelebVTextDataset:
                 raise StoreError(f"pointer {pointer} names clip {self.store.key(clip)}")
         lines = pack_lines(
             [
-                self.captions.choose(self.store.lines(clip), self.seed, pointer.counter, key)
+                self.captions.choose(self.store.lines(clip), seed, pointer.counter, key)
                 for pointer, clip, key in zip(pointers, clips, keys, strict=True)
             ]
         )
+        frames = None
+        if self.load_frames and images:
+            number = self.store.settings.num_frames
+            chosen = [keyed.key(seed, pointer.counter, "frame") % number for pointer in pointers]
+            frames = torch.from_numpy(self.store.stills(clips, chosen)).unsqueeze(1)
+        elif self.load_frames:
+            frames = torch.from_numpy(self.store.frames(clips))
         return Batch(
             counters=torch.tensor([pointer.counter for pointer in pointers]),
             keys=keys,
-            frames=torch.from_numpy(self.store.frames(clips)) if self.load_frames else None,
+            frames=frames,
             tokens=lines.tokens,
             line_index=lines.line_index,
             captions=lines.texts,
@@ -203,8 +237,9 @@ class _Batches(Dataset):
         self.dataset, self.train = dataset, train
 
     def __getitem__(self, counters: list[int]) -> Batch:
-        point = self.dataset.pointer if self.train else self.dataset.eval_pointer
-        return self.dataset.collate([point(counter) for counter in counters])
+        if not self.train:
+            return self.dataset.collate([self.dataset.eval_pointer(c) for c in counters])
+        return self.dataset.collate_training([self.dataset.pointer(c) for c in counters])
 
 
 class _TrainCounters(Sampler):

@@ -322,6 +322,17 @@ class ClipStore:
                 raise StoreError(f"{self.home(clip)}: {self.key(clip)}: {error}") from error
         return out
 
+    def stills(self, clips: Sequence[int], frames: Sequence[int]) -> np.ndarray:
+        """uint8 (B, H, W, 3): frame number frames[i] of position clips[i]; raw reads no other."""
+        out = np.empty((len(clips), *self.settings.shape[1:]), np.uint8)
+        for i in np.argsort(np.asarray(clips), kind="stable"):
+            clip, frame = clips[i], frames[i]
+            if self.settings.encoding == "raw":
+                self._open(self.home(clip)).read_frames(int(self._row[clip]), out[i], frame)
+            else:
+                out[i] = self.frames([clip])[0, frame]
+        return out
+
     def stored(self, clip: int) -> np.ndarray:
         """uint8 (bytes,): the window at position `clip` as it lies on disk."""
         return self._open(self.home(clip)).stored(int(self._row[clip]))
@@ -379,9 +390,9 @@ class _Shard:
         place = self.frames_at + begin
         os.posix_fadvise(self.file.fileno(), place, end - begin, os.POSIX_FADV_WILLNEED)
 
-    def read_frames(self, row: int, out: np.ndarray) -> None:
-        """Fills uint8 (F, H, W, 3) with a raw row."""
-        self._fill(out, self.frames_at, row * out.nbytes)
+    def read_frames(self, row: int, out: np.ndarray, first: int = 0) -> None:
+        """Fills uint8 (..., H, W, 3) with a raw row's frames from number `first` on."""
+        self._fill(out, self.frames_at, (row * self.shape[0] + first) * math.prod(self.shape[1:]))
 
     def stored(self, row: int) -> np.ndarray:
         """uint8 (bytes,): a row as it lies on disk."""

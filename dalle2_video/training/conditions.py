@@ -61,8 +61,10 @@ def load_conditions(
     captions: CaptionPolicy,
     load_frames: bool,
     validation: str = "val",
+    images: int = 0,
 ) -> Conditions:
-    """CLIP, embeddings and data of a run; `validation` names the split to validate on.
+    """CLIP, embeddings and data of a run; `validation` names the split to validate on. images: that
+    come with each clip of training.
 
     Raises CheckpointError or EmbeddingError where the CLIP or its cache is missing or they do not
     belong together, and EmbeddingError where the cache holds other clips than the data, or the same
@@ -72,11 +74,10 @@ def load_conditions(
     clip, loaded = load_clip(folder / "model.safetensors")
     cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
     cache.check_order(embedding_keys(store))
-    sets = [
-        CelebVTextDataset(store, split, seed, policy, cache, load_frames)
-        for split, policy in (("train", captions), (validation, CaptionPolicy(drop=False)))
-    ]
-    return Conditions(clip, loaded.hash, *sets)
+    train = CelebVTextDataset(store, "train", seed, captions, cache, load_frames, images=images)
+    still = CaptionPolicy(drop=False)
+    val = CelebVTextDataset(store, validation, seed, still, cache, load_frames)
+    return Conditions(clip, loaded.hash, train, val)
 
 
 class TextEncoder:
@@ -104,12 +105,21 @@ def draw_times(seed: int, counters: Tensor, stream: str) -> Tensor:
     return torch.frac(times).float()
 
 
-def keep_masks(drop: Mapping[str, float], seed: int, counters: Tensor) -> tuple[Tensor, Tensor]:
+def shared_coin(probability: float, seed: int, step: int, stream: str) -> bool:
+    """Heads with this probability, alike on every rank: what decides which forward passes there are
+    must not differ, or ZeRO-3 and FSDP wait for each other for ever.
+    """
+    return keyed.key(seed, step, stream) < probability * 2**63
+
+
+def keep_masks(
+    drop: Mapping[str, float], seed: int, counters: Tensor, stream: str
+) -> tuple[Tensor, Tensor]:
     """Which samples keep their embedding and their text: two bool (B,).
 
     drop: probabilities `all` (both at once), `embedding` and `text` (each by itself, independent).
     So both are dropped at the rate all + (1 - all) embedding text.
     """
-    u = keyed.rand((3,), seed, counters, "drop")
+    u = keyed.rand((3,), seed, counters, stream)
     kept = u[:, 0] >= drop["all"]
     return kept & (u[:, 1] >= drop["embedding"]), kept & (u[:, 2] >= drop["text"])

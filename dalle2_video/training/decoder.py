@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from dalle2_video import keyed
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import Batch
 from dalle2_video.data.video import to_float, to_uint8
-from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
+from dalle2_video.diffusion.objective import (
+    DiffusionConfig,
+    Noised,
+    add_noise,
+    per_sample_loss,
+)
+from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.generate import SampleConfig, sample_clips
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
-from dalle2_video.training.conditions import Conditions, TextEncoder, draw_times, keep_masks
+from dalle2_video.training.conditions import (
+    Conditions,
+    TextEncoder,
+    draw_times,
+    keep_masks,
+    shared_coin,
+)
+from dalle2_video.training.environment import splits_weights
 from dalle2_video.training.stage import ConfigError, Loss, Sample, Stage, StepInfo, TrainConfig
 
 SAMPLES = 8
@@ -44,15 +59,57 @@ class DropSection:
 @dataclass(frozen=True)
 class UnetSection:
     """A section of `unets` in the configuration. activation_checkpointing: less memory, about a
-    third more time.
+    third more time. compile: torch.compile, whose first steps take minutes.
+
+    images: independent frames that are appended to each clip (joint training, Ho et al. 2022,
+    section 3; 8 for UCF101). image_only: share of the steps that train on those alone.
     """
 
     captions: CaptionPolicy
     model: UnetConfig
     diffusion: DiffusionConfig
     drop: DropSection
+    images: int
+    image_only: float
     activation_checkpointing: bool
+    compile: bool
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise ValueError(f"images must not be negative, got {self.images}")
+        if not 0 <= self.image_only <= 1:
+            raise ValueError(f"image_only must be in [0, 1], not {self.image_only}")
+        if self.image_only and not self.images:
+            raise ValueError(f"image_only {self.image_only} needs images, which is 0")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The clips of a batch, or its images, with noise."""
+
+    what: Literal["clips", "images"]
+    noised: Noised
+    condition: Condition
+
+
+def join_frames(parts: list[Tensor], images: int) -> Tensor:
+    """Clips (B, C, F, H, W) and then B x J images (B J, C, 1, H, W), or one of the two, as
+    (B, C, F + J, H, W).
+    """
+    if not images:
+        return parts[0]
+    stills = parts[-1].squeeze(2).unflatten(0, (-1, images)).transpose(1, 2)
+    return torch.cat([*parts[:-1], stills], dim=2)
+
+
+def split_frames(joined: Tensor, images: int) -> list[Tensor]:
+    """The inverse of `join_frames`."""
+    frames = joined.shape[2] - images
+    clips = [joined[:, :, :frames]] if frames else []
+    if not images:
+        return clips
+    return [*clips, joined[:, :, frames:].transpose(1, 2).flatten(0, 1).unsqueeze(2)]
 
 
 def decoder_stage(
@@ -77,28 +134,61 @@ def decoder_stage(
         )
     encode = TextEncoder(clip)
     drop = dataclasses.asdict(section.drop)
-    view = model.num_frames, model.image_size
 
-    def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
+    def noised(batch: Batch, step: StepInfo, what: Literal["clips", "images"]) -> _Part:
         assert batch.frames is not None and batch.embeddings is not None
-        x0 = to_float(batch.frames, *view)
+        stream, frames = (name, model.num_frames) if what == "clips" else (f"{name}/image", 1)
+        x0 = to_float(batch.frames, frames, model.image_size)
         text = encode(batch)
-        t = draw_times(step.seed, step.counters, name).to(step.device)
-        eps = keyed.randn(x0.shape[1:], step.seed, step.counters, f"{name}/noise").to(step.device)
-        noised = add_noise(diffusion, x0, t, eps)
-        keep_embedding, keep_text = keep_masks(drop, step.seed, step.counters)
+        t = draw_times(step.seed, batch.counters, stream).to(step.device)
+        eps = keyed.randn(x0.shape[1:], step.seed, batch.counters, f"{stream}/noise")
+        keep = keep_masks(drop, step.seed, batch.counters, f"{stream}/drop")
+        keep_embedding, keep_text = (mask.to(step.device) for mask in keep)
         condition = Condition(
             batch.embeddings,
-            keep_embedding.to(step.device),
+            keep_embedding,
             text.states,
             text.place,
             text.embedding,
-            keep_text.to(step.device),
+            keep_text,
         )
-        prediction = model(noised.z, noised.log_snr, condition)
-        return Loss(per_sample_loss(diffusion, prediction, noised).mean())
+        return _Part(what, add_noise(diffusion, x0, t, eps.to(step.device)), condition)
 
-    def samples(model: nn.Module, accelerator: Accelerator) -> list[Sample]:
+    def objective(unet: nn.Module, batch: Batch, step: StepInfo) -> Loss:
+        number = int(step.counters[0]) // section.train.batch_size
+        parts, images = [], 0
+        if batch.images is not None:
+            parts = [noised(batch.images, step, "images")]
+            images = section.images
+        if not images or not shared_coin(section.image_only, step.seed, number, "image_only"):
+            parts.insert(0, noised(batch, step, "clips"))
+        z = join_frames([part.noised.z for part in parts], images)
+        log_snr = torch.cat([part.noised.log_snr for part in parts])
+        condition = reduce(Condition.cat, [part.condition for part in parts])
+        before = None
+        # validation, which runs without gradient, goes the way of sampling
+        if model.self_condition and (
+            not torch.is_grad_enabled() or shared_coin(0.5, step.seed, number, "self_condition")
+        ):
+            with torch.no_grad():
+                guess = split_frames(unet(z, log_snr, condition, images), images)
+                clean = [
+                    to_x0(diffusion.prediction, one.float(), part.noised.z, part.noised.log_snr)
+                    for one, part in zip(guess, parts, strict=True)
+                ]
+                before = join_frames(clean, images).clamp(-1, 1)
+        predictions = split_frames(unet(z, log_snr, condition, images, before), images)
+        losses = {
+            part.what: per_sample_loss(diffusion, prediction, part.noised).mean()
+            for prediction, part in zip(predictions, parts, strict=True)
+        }
+        frames = {"clips": z.shape[2] - images, "images": images}  # every frame counts alike
+        loss = sum(frames[what] * one for what, one in losses.items()) / z.shape[2]
+        assert isinstance(loss, Tensor)
+        metrics = {f"loss_{what}": one.detach() for what, one in losses.items()} if images else {}
+        return Loss(loss, metrics)
+
+    def samples(unet: nn.Module, accelerator: Accelerator) -> list[Sample]:
         """Clips of `val` from their own captions and their own video embeddings."""
         dataset = conditions.val_set
         pointers = [dataset.eval_pointer(i) for i in range(min(SAMPLES, len(dataset)))]
@@ -106,8 +196,15 @@ def decoder_stage(
         assert batch.embeddings is not None
         text = encode(batch)
         condition = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
-        shape = section.model.clip_shape
-        video = sample_clips(model, shape, diffusion, condition, batch.counters, sampling)
+        video = sample_clips(
+            unet,
+            model.clip_shape,
+            diffusion,
+            condition,
+            batch.counters,
+            sampling,
+            self_condition=model.self_condition,
+        )
         frames = to_uint8(video).cpu().numpy()
         captions = [" ".join(lines) for lines in batch.captions]
         return [Sample(c, f, fps) for c, f in zip(captions, frames, strict=True)]
@@ -116,6 +213,13 @@ def decoder_stage(
     unet = Unet3D(section.model, clip.embed_dim, clip.text_width)
     unet.condition.fit(conditions.examples())
     unet.activation_checkpointing = section.activation_checkpointing
+    if section.compile:
+        if splits_weights():
+            raise ConfigError(
+                f"unets.{name}.compile: torch.compile is for one process or DDP; DeepSpeed and "
+                "FSDP gather the weights of each layer by hooks, which it cannot trace"
+            )
+        unet.compile()
     return Stage(
         name=name,
         model=unet,

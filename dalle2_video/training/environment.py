@@ -38,7 +38,7 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     world = process_state().num_processes
     micro, steps = share_out(cfg, world)
     deepspeed = _launched_with("DEEPSPEED")
-    if cfg.optimizer == "muon" and (deepspeed or _launched_with("FSDP")):
+    if cfg.optimizer == "muon" and splits_weights():
         raise ConfigError(
             "optimizer=muon needs whole matrices, and DeepSpeed and FSDP split them: "
             "set train.optimizer=adamw, and a learning rate for it"
@@ -60,6 +60,11 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
             dtype = {"bf16": "bfloat16", "fp16": "float16"}[run.mixed_precision]
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return accelerator, micro
+
+
+def splits_weights() -> bool:
+    """Whether the launched strategy (DeepSpeed, FSDP) holds weights in pieces."""
+    return _launched_with("DEEPSPEED") or _launched_with("FSDP")
 
 
 def share_out(cfg: TrainConfig, world: int) -> tuple[int, int]:

@@ -253,15 +253,14 @@ class _Window:
     """Figures since the last log line: means, clips per second, share of time spent on waiting."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count = self.clips = 0
+        self.values: dict[str, list[float]] = {}  # some steps have figures that others have not
+        self.clips = 0
         self.begun, self.wait, self.pause = time.monotonic(), 0.0, 0.0
         self.last: dict[str, float] = {}
 
     def add(self, values: dict[str, float], clips: int) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+            self.values.setdefault(name, []).append(value)
         self.clips += clips
         self.last = values
 
@@ -273,7 +272,7 @@ class _Window:
 
     def close(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self.begun - self.pause, 1e-9)
-        means = {name: total / self.count for name, total in self.sums.items()}
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
         means["lr"] = self.last["lr"]
         return means | {"clips_per_second": self.clips / seconds, "data_wait": self.wait / seconds}
 

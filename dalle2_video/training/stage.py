@@ -63,7 +63,7 @@ class Stage:
     """One network to train.
 
     name: folder and W&B name ("clip", "prior", "base"). kind in the model file: `kind` or the name.
-    objective(model, batch, step) -> Loss calls the (perhaps wrapped) model exactly once.
+    objective(model, batch, step) -> Loss calls the (perhaps wrapped) model as often on every rank.
     validate(model, accelerator) -> {name: figure}; None: the mean objective over `val_set`.
     samples(model, accelerator) -> list of Sample, or None. Both run on every rank, in eval mode,
     without gradient, under EMA weights where the stage has them.
