@@ -213,8 +213,8 @@ def main() -> None:
         figures |= {
             "speed_of_20_over_500": slow["seconds_per_clip"] / fast["seconds_per_clip"],
             "accuracy_of_20_minus_500": fast["accuracy"] - slow["accuracy"],
-            "frechet_of_20_in_interval_of_500": float(
-                slow["frechet_low"] <= fast["frechet"] <= slow["frechet_high"]
+            "frechet_of_20_not_above_interval_of_500": float(
+                fast["frechet"] <= slow["frechet_high"]
             ),
         }
         write_json(out, figures)
