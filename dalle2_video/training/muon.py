@@ -26,13 +26,14 @@ def orthogonalize(x: Tensor) -> Tensor:
     """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
-    total = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
+    total = None
     for left in reversed(range(STEPS)):
         step = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
         step.diagonal(dim1=1, dim2=2).add_(A)
-        total = step @ total
+        total = step if total is None else step @ total
         if left:
             gram = step @ gram @ step
+    assert total is not None
     return total @ x
 
 
