@@ -25,6 +25,7 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.faces import read_attributes
 from dalle2_video.data.video import to_float, to_uint8
+from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.evaluation.attributes import load_probe, score, targets_of
 from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.generate import SampleConfig, load_unet, sample_clips
@@ -58,7 +59,11 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
         log_snr = torch.full((len(x0),), value)
         alpha, sigma = log_snr.sigmoid().sqrt()[0], (-log_snr).sigmoid().sqrt()[0]
         for name, kept in (("with", condition), ("without", condition.dropped())):
-            x = unet(alpha * x0 + sigma * noise, log_snr, kept)
+            z = alpha * x0 + sigma * noise
+            x = to_x0(diffusion.prediction, unet(z, log_snr, kept), z, log_snr)
+            if unet.config.self_condition:
+                again = unet(z, log_snr, kept, 0, x.clamp(-1, 1))
+                x = to_x0(diffusion.prediction, again, z, log_snr)
             moved = x - x.mean(2, keepdim=True)
             where = f"at_{value:+.0f}_{name}"
             figures[f"x0_error_{where}"] = float((x - x0).square().mean())
@@ -68,7 +73,8 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
     for start in range(0, len(x0), 32):
         part = Condition(*(tensor[start : start + 32] for tensor in condition))
         counters = batch.counters[start : start + 32]
-        video = sample_clips(unet, unet.config.clip_shape, diffusion, part, counters, config)
+        shape, own = unet.config.clip_shape, unet.config.self_condition
+        video = sample_clips(unet, shape, diffusion, part, counters, config, self_condition=own)
         samples.append(to_uint8(video))
     attributes = read_attributes(Path(data) / "attributes.jsonl")
     truth = targets_of([attributes[p.key.rsplit(":", 1)[0]] for p in pointers])

@@ -82,8 +82,8 @@ class Judge:
         return Condition.of(embedding, text.states, text.place, text.embedding), counters
 
     @torch.no_grad()
-    def point(self, config: SampleConfig) -> tuple[dict[str, float], Tensor, Tensor]:
-        """Figures of one setting, whether each clip's attributes are right, and its features."""
+    def point(self, config: SampleConfig) -> dict[str, float]:
+        """Figures of one setting."""
         unet, parts, seconds = self.cascade.base, [], 0.0
         bar = tqdm(total=len(self.conditions) * config.steps, unit="step", mininterval=20)
         for condition, counters in self.conditions:
@@ -104,9 +104,8 @@ class Judge:
         frames = torch.cat(parts)
         answers = self.probe.network.predict(frames)
         result, features = score(answers, self.truth), self.features(frames)
-        right = torch.stack([answers[name] == self.truth[name] for name in answers], 1)
         low, high = frechet_interval(features, self.real)
-        figures = {
+        return {
             "accuracy": result.mean,
             "accuracy_low": result.low,
             "accuracy_high": result.high,
@@ -115,7 +114,6 @@ class Judge:
             "frechet_high": high,
             "seconds_per_clip": seconds / len(frames),
         }
-        return figures, right, features
 
 
 def settings_of(what: str, base: SampleConfig) -> dict[str, SampleConfig]:
@@ -191,20 +189,21 @@ def main() -> None:
     split = a.split or ("val" if a.what == "choose" else "combo")
     clips = a.clips or (256 if a.what == "compare" else 128)
     out = RESULTS / f"sampling_{a.name or a.what}.json"
-    place = {"run_dir": a.run_dir, "split": split, "clips": clips} | provenance()
+    place = {"run_dir": a.run_dir, "split": split, "clips": clips}
     figures: dict = {"points": {}} | place
     if out.exists():
         before = json.loads(out.read_text())
         if all(before.get(key) == value for key, value in place.items()):
             figures = before
+    begun = provenance()  # before the first result makes the checkout a changed one
     judge = Judge(a.run_dir, a.data, split, clips)
-    features, right = {}, {}
     for name, config in settings_of(a.what, judge.base).items():
-        if name in figures["points"] and a.what != "compare":
+        setting = json.loads(json.dumps(asdict(config)))
+        if figures["points"].get(name, {}).get("setting") == setting:
             continue
-        point, right[name], features[name] = judge.point(config)
-        figures["points"][name] = point | {"setting": asdict(config)}
-        write_json(out, figures)
+        point = judge.point(config)
+        figures["points"][name] = point | {"setting": setting, "commit": begun["commit"]}
+        write_json(out, figures | begun)
         values = {key: round(value, 4) for key, value in point.items()}
         print(name, json.dumps(values), flush=True)
     points = figures["points"]
@@ -217,7 +216,7 @@ def main() -> None:
                 fast["frechet"] <= slow["frechet_high"]
             ),
         }
-        write_json(out, figures)
+        write_json(out, figures | begun)
         print(json.dumps({key: value for key, value in figures.items() if key != "points"}))
     elif a.what == "curve":
         plot(figures, ROOT / "docs" / "images" / "samplers.png")

@@ -15,7 +15,8 @@ torch counts in a forward pass (matrix products, convolutions, fused attention),
 Memory: the peak of a process of its own that makes three steps, less what it held before the first.
  `mm`: FLOPs per
 second of a step over those of torch.mm on 2048 x 2048 matrices. `frames`: 8 to 64 frames.
-`gpu`: bf16 with torch.compile, model FLOPs utilisation of the presets, largest batch. Each writes
+`gpu`: bf16 with torch.compile, model FLOPs utilisation at the widths of the presets small and base
+(without cross attention), largest batch. Each writes
 benchmarks/results/unet_<name>.json.
 """
 
@@ -352,7 +353,9 @@ def bench_frames(rounds: int) -> dict:
 
 
 def bench_gpu(rounds: int) -> dict:
-    """bf16 autocast, torch.compile: utilisation of each preset at 16 x 64 x 64, largest batches."""
+    """bf16 autocast, torch.compile: utilisation at 16 x 64 x 64 by widths of the presets, largest
+    batches.
+    """
     presets = {
         "small": replace(unet_config(64, 64, 2), mults=(1, 2, 4, 6), cond_dim=512),
         "base": replace(unet_config(128, 64, 2), cond_dim=512, head_dim=64),
@@ -377,6 +380,7 @@ def bench_gpu(rounds: int) -> dict:
 
 
 def _gpu_rate(config: UnetConfig, batch: int, checkpointing: bool, rounds: int) -> float:
+    torch._dynamo.reset()  # or after eight networks it gives up and runs them uncompiled
     net, forward = ours(config, batch, "cuda")
     assert isinstance(net, Unet3D)
     flops = 3 * flops_of(forward)

@@ -175,8 +175,9 @@ def sample_clips(
 
     def remember(z: Tensor, log_snr: Tensor) -> Tensor:
         nonlocal estimate
-        estimate = thresholded(z, log_snr)
-        return estimate
+        x0 = thresholded(z, log_snr)
+        estimate = x0.clamp(-1, 1)  # as in training
+        return x0
 
     denoise = remember
 

@@ -148,8 +148,9 @@ def joint_dir(configure, run_dir) -> Path:
 
 
 def test_joint_training_with_self_conditioning(configure, joint_dir) -> None:
+    steps = [StepInfo(torch.arange(1), 0, torch.device("cpu"), None, 8 * k) for k in range(4)]
     coins = {
-        stream: {shared_coin(0.5, 0, step, stream) for step in range(4)}
+        stream: {shared_coin(0.5, step, stream) for step in steps}
         for stream in ("image_only", "self_condition")
     }
     assert all(len(sides) == 2 for sides in coins.values()), "the test needs steps of each kind"

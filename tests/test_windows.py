@@ -258,6 +258,20 @@ def test_a_store_of_an_older_format_is_made_again(tmp_path: Path, capsys) -> Non
     assert len(open_store(config(tmp_path))) == 2
 
 
+def test_parts_make_a_store_of_an_older_format_again(tmp_path: Path) -> None:
+    archive(tmp_path, c1=25, c3=39)
+    (tmp_path / "a.zip").rename(tmp_path / "b.zip")
+    archive(tmp_path, c4=25, c5=39)
+    made = config(tmp_path)
+    preprocess(made)
+    for name in ("a", "b"):
+        index = shard_paths(tmp_path, name)[2]
+        index.write_text(json.dumps({**read_index(index), "format": 1}))
+    for part in (2, 1):
+        preprocess(made, part=part, parts=2)
+    assert len(open_store(made)) == 4
+
+
 def test_the_writer_needs_the_number_of_bytes(tmp_path: Path) -> None:
     settings = Settings(8.0, 2, 8, encoding="h264")
     with (

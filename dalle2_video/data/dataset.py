@@ -128,8 +128,8 @@ class CelebVTextDataset:
 
     seed keys the order and the caption choice; the store knows who is in which split.
     first_windows: one window of each clip, for evaluations that must not meet a caption twice.
-    images: with each clip of training come this many single frames of other clips, each with its
-    own caption and embedding; they have an order of their own.
+    images: with each clip of training come this many single frames of any clips, each with its own
+    caption and embedding; they have an order of their own.
     Raises StoreError where the split has no clip.
     """
 

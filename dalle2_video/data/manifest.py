@@ -11,7 +11,7 @@ from pathlib import Path
 from dalle2_video.data.archives import Problem
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import DataConfig
-from dalle2_video.data.store import FORMAT, StoreError, index_paths, read_index, shard_paths
+from dalle2_video.data.store import FORMAT, StoreError, index_paths, read_index, shard_paths, stands
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def write_manifest(
         for p in problems
     ]
     texts, shards, lines_split, clips, size = [], {}, 0, 0, 0
-    for path in index_paths(config.store):
+    for path in filter(stands, index_paths(config.store)):  # another part may be at work on one
         index = read_index(path)
         archive = index["archive"]
         kept = sum(clip["status"] == "kept" for clip in index["clips"])

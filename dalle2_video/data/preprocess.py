@@ -44,6 +44,7 @@ from dalle2_video.data.store import (
     index_paths,
     read_index,
     shard_paths,
+    stands,
 )
 from dalle2_video.data.texts import write_texts
 from dalle2_video.data.video import ClipError, decode_clip, encode_window
@@ -75,7 +76,8 @@ def preprocess(
         mine = catalogue.sources[part - 1 :: parts]
         todo = [source for source in mine if not _is_there(config, source, log)]
         again = catalogue.sources if config.overwrite else todo
-        known = _known_clips(config, {source.name for source in again})
+        elsewhere = {source.name for source in catalogue.sources} - {source.name for source in mine}
+        known = _known_clips(config, {source.name for source in again}, elsewhere)
         if parts > 1:
             known |= _owners(config, catalogue.sources, known)
         made = 0
@@ -157,11 +159,14 @@ def _is_there(config: DataConfig, source: Source, log: Callable[[str], None]) ->
     return True
 
 
-def _known_clips(config: DataConfig, todo: set[str]) -> dict[str, str]:
-    """clip id -> shard, of the shards that stay; StoreError where one has other settings."""
+def _known_clips(config: DataConfig, todo: set[str], elsewhere: set[str]) -> dict[str, str]:
+    """clip id -> shard, of the shards that stay; StoreError where one has other settings.
+
+    elsewhere: shards of other parts, which make theirs again where it is damaged or of old format.
+    """
     known = {}
     for path in index_paths(config.store):
-        if path.stem in todo:
+        if path.stem in todo or (path.stem in elsewhere and not stands(path)):
             continue
         index = read_index(path)
         if Settings(**index["settings"]) != config.settings:
@@ -179,7 +184,7 @@ def _owners(
     """clip id -> the first archive that holds it, of those without a shard: parts must agree."""
     owners: dict[str, str] = {}
     for source in sources:
-        if config.overwrite or not shard_paths(config.store, source.name)[2].exists():
+        if config.overwrite or not stands(shard_paths(config.store, source.name)[2]):
             for clip in source.videos:
                 if clip not in known:
                     owners.setdefault(clip, source.name)

@@ -132,7 +132,7 @@ class ShardWriter:
         else:
             self._frames = self._file.create_dataset("video", (self.num_bytes,), np.uint8)
             self._end = self._file.create_dataset("end", (rows,), np.int64)
-        self._times = self._file.create_dataset("times", (rows, shape[0]), np.float64)
+        self._times = self._file.create_dataset("times", (rows, shape[0]), "<f8")
         return self
 
     def append(self, window: np.ndarray, times: np.ndarray) -> int:
@@ -199,6 +199,15 @@ def read_index(path: Path) -> dict[str, Any]:
             f"{path} has format {index.get('format')}, this code reads {FORMAT}: run preprocess"
         )
     return index
+
+
+def stands(path: Path) -> bool:
+    """Whether an index is there, whole and of this format."""
+    try:
+        read_index(path)
+    except (OSError, StoreError):
+        return False
+    return True
 
 
 class Place(NamedTuple):
@@ -325,6 +334,9 @@ class ClipStore:
     def stills(self, clips: Sequence[int], frames: Sequence[int]) -> np.ndarray:
         """uint8 (B, H, W, 3): frame number frames[i] of position clips[i]; raw reads no other."""
         out = np.empty((len(clips), *self.settings.shape[1:]), np.uint8)
+        if self.settings.encoding == "raw":
+            for clip, frame in zip(clips, frames, strict=True):
+                self._open(self.home(clip)).expect(int(self._row[clip]), frame)
         for i in np.argsort(np.asarray(clips), kind="stable"):
             clip, frame = clips[i], frames[i]
             if self.settings.encoding == "raw":
@@ -349,7 +361,7 @@ class ClipStore:
         return self._texts[shard].lines(int(self._text_row[clip]))
 
     def _open(self, shard: str) -> _Shard:
-        if self._pid != os.getpid():  # a forked child must not share its parent's file offsets
+        if self._pid != os.getpid():  # a forked child opens its own
             self._handles, self._pid = {}, os.getpid()
         if shard not in self._handles:
             path = self.root / "videos" / f"{shard}.h5"
@@ -379,14 +391,18 @@ class _Shard:
             self.times_at = _data(file, "times").id.get_offset()
         self.file = open(path, "rb", buffering=0)
 
-    def expect(self, row: int) -> None:
-        """Lets the system begin to read a row: a disk serves many requests at once faster."""
+    def expect(self, row: int, frame: int | None = None) -> None:
+        """Lets the system begin to read a row, or one frame of a raw one: a disk serves many
+        requests at once faster.
+        """
         if self.frames_at is None or not hasattr(os, "posix_fadvise"):
             return
-        size = math.prod(self.shape)
-        begin, end = row * size, (row + 1) * size
         if self.end is not None:
             begin, end = int(self.end[row - 1]) if row else 0, int(self.end[row])
+        else:
+            one = math.prod(self.shape[1:])
+            begin = (row * self.shape[0] + (frame or 0)) * one
+            end = begin + (self.shape[0] if frame is None else 1) * one
         place = self.frames_at + begin
         os.posix_fadvise(self.file.fileno(), place, end - begin, os.POSIX_FADV_WILLNEED)
 
@@ -407,14 +423,19 @@ class _Shard:
 
     def times(self, row: int) -> np.ndarray:
         """float64 (F,)."""
-        out = np.empty(self.shape[0], np.float64)
+        out = np.empty(self.shape[0], "<f8")
         self._fill(out, self.times_at, row * out.nbytes)
         return out
 
     def _fill(self, out: np.ndarray, base: int | None, place: int) -> None:
-        read = -1 if base is None else os.preadv(self.file.fileno(), [out.data], base + place)
-        if read != out.nbytes:
-            raise StoreError(f"{self.path} is damaged: it ends early; delete it, run preprocess")
+        rest, number = memoryview(out).cast("B"), self.file.fileno()
+        while len(rest) and base is not None:
+            read = os.preadv(number, [rest], base + place)
+            if read == 0:
+                raise StoreError(
+                    f"{self.path} is damaged: it ends early; delete it, run preprocess"
+                )
+            rest, place = rest[read:], place + read
 
 
 def _data(file: h5py.File, name: str) -> h5py.Dataset:

@@ -80,14 +80,15 @@ def decode_clip(
     held_time = duration = 0.0
     aspect = 1.0
     first: float | None = None  # time stamp of the first frame
+    interlaced = False  # whether any frame so far was
 
     def wanted_before(end: float) -> int:
         return min(most, max(0, math.ceil((end - start) / step)))
 
     def is_needed(begin: float, end: float) -> bool:
         """Whether a wanted time lies in [begin, end); these are the stream's own time stamps."""
-        if first is None or held is None or held.interlaced_frame:
-            return True  # a field of its own packet must not be left out
+        if first is None or interlaced:
+            return True  # a field may have a packet of its own, which must not be left out
         begin, end = begin - first - 2 * tolerance, end - first + tolerance
         return wanted_before(end) > wanted_before(begin)
 
@@ -113,6 +114,7 @@ def decode_clip(
                     raise ClipError("has frames without time stamps")
                 time = float(frame.pts * (frame.time_base or Fraction(1, 1000)))
                 first = time if first is None else first
+                interlaced = interlaced or bool(frame.interlaced_frame)
                 time -= first
                 if held is not None:
                     show_until(time - tolerance)
@@ -221,8 +223,9 @@ def _with_end(packets: Iterator[av.Packet]) -> Iterator[tuple[av.Packet, int | N
             waiting.clear()
             yield packet, None
             continue
-        insort(seen, packet.pts)
-        del seen[:-64]
+        if not packet.is_discard:  # of an edit list: it is decoded but never shown
+            insort(seen, packet.pts)
+            del seen[:-64]
         waiting.append(packet)
         while waiting:
             end = _after(seen, waiting[0].pts)

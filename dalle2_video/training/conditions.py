@@ -23,6 +23,7 @@ from dalle2_video.generate import load_clip
 from dalle2_video.models.video_clip import TextEncoding, VideoCLIP
 from dalle2_video.models.whitening import Examples
 from dalle2_video.training.environment import process_state
+from dalle2_video.training.stage import StepInfo
 
 EXAMPLES_PER_DIMENSION, EXAMPLES_BATCH = 8, 64  # texts that whitening is fitted to
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -105,11 +106,11 @@ def draw_times(seed: int, counters: Tensor, stream: str) -> Tensor:
     return torch.frac(times).float()
 
 
-def shared_coin(probability: float, seed: int, step: int, stream: str) -> bool:
-    """Heads with this probability, alike on every rank: what decides which forward passes there are
+def shared_coin(probability: float, step: StepInfo, stream: str) -> bool:
+    """Heads with this probability, alike on all ranks: what decides which forward passes there are
     must not differ, or ZeRO-3 and FSDP wait for each other for ever.
     """
-    return keyed.key(seed, step, stream) < probability * 2**63
+    return keyed.key(step.seed, step.first, stream) < probability * 2**63
 
 
 def keep_masks(

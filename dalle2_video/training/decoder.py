@@ -142,7 +142,8 @@ def decoder_stage(
         text = encode(batch)
         t = draw_times(step.seed, batch.counters, stream).to(step.device)
         eps = keyed.randn(x0.shape[1:], step.seed, batch.counters, f"{stream}/noise")
-        keep = keep_masks(drop, step.seed, batch.counters, f"{stream}/drop")
+        dropped = "drop" if what == "clips" else f"{stream}/drop"
+        keep = keep_masks(drop, step.seed, batch.counters, dropped)
         keep_embedding, keep_text = (mask.to(step.device) for mask in keep)
         condition = Condition(
             batch.embeddings,
@@ -155,12 +156,11 @@ def decoder_stage(
         return _Part(what, add_noise(diffusion, x0, t, eps.to(step.device)), condition)
 
     def objective(unet: nn.Module, batch: Batch, step: StepInfo) -> Loss:
-        number = int(step.counters[0]) // section.train.batch_size
         parts, images = [], 0
         if batch.images is not None:
             parts = [noised(batch.images, step, "images")]
             images = section.images
-        if not images or not shared_coin(section.image_only, step.seed, number, "image_only"):
+        if not images or not shared_coin(section.image_only, step, "image_only"):
             parts.insert(0, noised(batch, step, "clips"))
         z = join_frames([part.noised.z for part in parts], images)
         log_snr = torch.cat([part.noised.log_snr for part in parts])
@@ -168,7 +168,7 @@ def decoder_stage(
         before = None
         # validation, which runs without gradient, goes the way of sampling
         if model.self_condition and (
-            not torch.is_grad_enabled() or shared_coin(0.5, step.seed, number, "self_condition")
+            not torch.is_grad_enabled() or shared_coin(0.5, step, "self_condition")
         ):
             with torch.no_grad():
                 guess = split_frames(unet(z, log_snr, condition, images), images)

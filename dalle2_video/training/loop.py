@@ -189,7 +189,8 @@ class _Trainer:
             counters = batch.counters
             batch = batch.to(accelerator.device)
             torch.manual_seed(keyed.key(self.run.seed, int(counters[0]), "torch"))
-            info = StepInfo(counters, self.run.seed, accelerator.device, accelerator)
+            device = accelerator.device
+            info = StepInfo(counters, self.run.seed, device, accelerator, progress.clips)
             with accelerator.accumulate(self.model):
                 loss = self.stage.objective(self.model, batch, info)
                 accelerator.backward(loss.loss)

@@ -32,13 +32,15 @@ class StepInfo:
     """What an objective knows of its call.
 
     counters: (B,) int64 on the CPU, the global clip counters of this batch (in validation: clip
-    indices); with `seed` they key all randomness of the step.
+    indices); with `seed` they key all randomness of the step. first: the step's first global clip,
+    the same on all ranks and in all micro-batches (0 in validation).
     """
 
     counters: Tensor
     seed: int
     device: torch.device
     accelerator: Accelerator
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,8 @@ class Checkpoints:
     def _check_identity(self, folder: Path) -> None:
         path = folder / "stage.json"
         saved, own = _flat(json.loads(path.read_text())), _flat(self.identity)
+        # an option that is off and did not exist then makes no difference
+        own = {k: value for k, value in own.items() if k in saved or value not in (False, 0, None)}
         differing = [k for k in sorted(saved | own) if saved.get(k, "-") != own.get(k, "-")]
         if differing:
             shown = "; ".join(
