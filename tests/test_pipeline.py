@@ -204,6 +204,7 @@ def test_images_that_cannot_be(configure) -> None:
         ("base", "zero3", "bf16", []),
         ("base", "fsdp2", "no", []),
         ("base", "zero3", "no", JOINT),
+        ("base", "fsdp2", "no", JOINT),
         ("base", "ddp", "no", JOINT),
     ],
 )
