@@ -146,6 +146,12 @@ def test_damage_in_a_frame_that_is_left_out_does_not_matter() -> None:
     chosen = next(p for p in unreferenced if order.index(p.pts) > 9 and order.index(p.pts) % 5)
     damaged = bytearray(video)
     damaged[chosen.pos + 5 : chosen.pos + chosen.size] = bytes(chosen.size - 5)
+    referenced = next(p for p in packets if p not in unreferenced and order.index(p.pts) > 9)
+    lost = bytearray(video)
+    lost[referenced.pos + 4 : referenced.pos + referenced.size] = bytes(referenced.size - 4)
+    for fps in (5.0, 25.0):
+        with pytest.raises(ClipError, match="damaged"):
+            decode_clip(bytes(lost), fps, int(2 * fps), 64)
     assert np.array_equal(
         decode_clip(bytes(damaged), 5.0, 10, 64).frames, decode_clip(video, 5.0, 10, 64).frames
     )

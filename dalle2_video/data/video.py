@@ -199,14 +199,33 @@ def _decode(
     for packet, end in _with_end(container.demux(stream)):
         if packet.is_corrupt:
             raise ClipError("truncated: a packet is cut off")
-        if codec.name == "h264" and packet.pts is not None:
+        if codec.name == "h264":
             tick = float(packet.time_base or 0)
-            used = end is None or is_needed(packet.pts * tick, end * tick)
-            codec.skip_frame = "DEFAULT" if used else "NONREF"
+            used = packet.pts is None or end is None or is_needed(packet.pts * tick, end * tick)
+            left_out = not used and _is_unreferenced(bytes(packet), codec.extradata)
+            codec.skip_frame = "NONREF" if left_out else "DEFAULT"
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise ClipError("damaged: a frame does not decode whole")
             yield frame
+
+
+def _is_unreferenced(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether an H.264 packet is whole slices of a frame that no other refers to (nal_ref_idc 0 and
+    nal_unit_type 1, ITU-T H.264 section 7.4.1); damaged ones are not.
+    """
+    kinds = []
+    if extradata and extradata[0] == 1:  # lengths before the units (ISO/IEC 14496-15)
+        size, place = (extradata[4] & 3) + 1, 0
+        while place + size < len(packet):
+            kinds.append(packet[place + size])
+            place += size + int.from_bytes(packet[place : place + size], "big")
+        if place != len(packet):
+            return False
+    else:  # start codes (annex B)
+        kinds = [unit[0] for unit in packet.split(b"\0\0\1")[1:] if unit]
+    slices = [kind for kind in kinds if 1 <= kind & 31 <= 5]
+    return bool(slices) and all(kind & 127 == 1 for kind in slices) and 0 not in kinds
 
 
 def _with_end(packets: Iterator[av.Packet]) -> Iterator[tuple[av.Packet, int | None]]:
