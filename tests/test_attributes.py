@@ -12,7 +12,7 @@ from dalle2_video.checkpoint import CheckpointError
 from dalle2_video.data.face_attributes import ATTRIBUTES, UNDEFINED, FaceAttributes
 from dalle2_video.data.face_render import render
 from dalle2_video.data.faces import plan
-from dalle2_video.data.video import crop_resize
+from dalle2_video.data.frame import crop_resize
 from dalle2_video.evaluation import train_probe
 from dalle2_video.evaluation.attributes import (
     PROBE_PATH,

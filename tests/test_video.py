@@ -12,19 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from dalle2_video.data.frame import ClipError, crop_resize, frame_to_rgb, resize_matrix
 from dalle2_video.data.sheet import contact_sheet, save_sheet
-from dalle2_video.data.video import (
-    ClipError,
-    _decode,
-    _length,
-    crop_resize,
-    decode_clip,
-    encode_mp4,
-    frame_to_rgb,
-    resize_matrix,
-    to_float,
-    to_uint8,
-)
+from dalle2_video.data.video import _decode, _length, decode_clip, encode_mp4, to_float, to_uint8
 from tests.media import grey_steps, index_first, numbers, set_display_matrix, write_video
 
 

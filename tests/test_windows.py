@@ -15,15 +15,10 @@ from dalle2_video.data.check import check_store
 from dalle2_video.data.config import open_store
 from dalle2_video.data.dataset import CelebVTextDataset, embedding_keys
 from dalle2_video.data.faces import FaceFormat, draw_clip, plan
+from dalle2_video.data.frame import ClipError
 from dalle2_video.data.preprocess import preprocess
 from dalle2_video.data.store import Settings, ShardWriter, StoreError, read_index, shard_paths
-from dalle2_video.data.video import (
-    MOST_WINDOWS,
-    ClipError,
-    decode_clip,
-    decode_window,
-    encode_window,
-)
+from dalle2_video.data.video import MOST_WINDOWS, decode_clip, decode_window, encode_window
 from tests.media import clip_id, grey_steps, index_first, numbers, write_video, write_zip
 from tests.test_preprocess import config, skipped
 

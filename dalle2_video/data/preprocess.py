@@ -33,6 +33,7 @@ from dalle2_video.data.captions import (
     to_line,
 )
 from dalle2_video.data.config import DataConfig, FacesConfig, open_store
+from dalle2_video.data.frame import ClipError
 from dalle2_video.data.journal import Journal
 from dalle2_video.data.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.pool import WorkerLost, WorkerPool
@@ -47,7 +48,7 @@ from dalle2_video.data.store import (
     stands,
 )
 from dalle2_video.data.texts import write_texts
-from dalle2_video.data.video import ClipError, decode_clip, encode_window
+from dalle2_video.data.video import decode_clip, encode_window
 
 __all__ = ["DataConfig", "FacesConfig", "Summary", "open_store", "preprocess"]
 

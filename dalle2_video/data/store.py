@@ -28,8 +28,9 @@ import numpy as np
 
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.captions import Line
+from dalle2_video.data.frame import ClipError
 from dalle2_video.data.texts import ShardTexts, StoreError
-from dalle2_video.data.video import ClipError, decode_window
+from dalle2_video.data.video import decode_window
 
 __all__ = ["ClipStore", "Settings", "ShardWriter", "StoreError", "split_of", "youtube_id"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dalle2_video.checkpoint import load_model, load_weights
 from dalle2_video.data.face_attributes import ATTRIBUTES, UNDEFINED, FaceAttributes
-from dalle2_video.data.video import resize_matrix
+from dalle2_video.data.frame import resize_matrix
 from dalle2_video.evaluation.light import LightRule
 
 PROBE_PATH = Path(__file__).with_name("probe.safetensors")
