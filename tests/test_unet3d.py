@@ -317,3 +317,23 @@ def test_the_network_compiles_as_one_graph(images: int) -> None:
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     out = net(z, log_snr, condition, images)
     torch.testing.assert_close(compiled(z, log_snr, condition, images), out, atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_autocast_stays_near_float32() -> None:
+    """Norms take their statistics in float32, the noise level's sines see it in float32."""
+    net = awake(Unet3D(SMALL, 24, 12))
+    z, _, condition = inputs()
+    for levels in ((-3.0, 3.0), (-10.0, -9.9)):
+        log_snr = torch.tensor(levels)
+        out = net(z, log_snr, condition)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net(z, log_snr, condition)
+            embedded = net.condition.log_snr(log_snr)
+        assert half.dtype == torch.float32
+        assert (half - out).square().mean() < 1e-3 * out.square().mean()
+        exact = net.condition.log_snr(log_snr)
+        assert (embedded - exact).abs().max() < 0.05 * exact.abs().max()
+    x = 100 + torch.randn(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        norm = F.layer_norm(x.bfloat16(), (32,)).float()
+    torch.testing.assert_close(norm, F.layer_norm(x.bfloat16().float(), (32,)), atol=0.02, rtol=0)
