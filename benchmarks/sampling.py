@@ -156,12 +156,12 @@ def plot(figures: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     _, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, key, label in (
-        (axes[0], "accuracy", "attribute accuracy"),
-        (axes[1], "frechet", "Frechet distance, probe features"),
+    for axis, key, label, unit in (
+        (axes[0], "accuracy", "attribute accuracy, %", 100),
+        (axes[1], "frechet", "Frechet distance, probe features", 1),
     ):
         for name in SAMPLERS:
-            values = [figures["points"][f"{name}_{steps}"][key] for steps in CURVE_STEPS]
+            values = [unit * figures["points"][f"{name}_{steps}"][key] for steps in CURVE_STEPS]
             axis.plot(CURVE_STEPS, values, "o-", label=name)
         axis.set_xscale("log")
         axis.set_xticks(CURVE_STEPS, [str(steps) for steps in CURVE_STEPS])
@@ -169,7 +169,7 @@ def plot(figures: dict, path: Path) -> None:
         axis.set_xlabel("steps")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
+        axis.margins(y=0.25)
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.savefig(path, dpi=120)

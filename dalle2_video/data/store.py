@@ -429,7 +429,7 @@ class _Shard:
         return out
 
     def _fill(self, out: np.ndarray, base: int | None, place: int) -> None:
-        rest, number = memoryview(out).cast("B"), self.file.fileno()
+        rest, number = out.data.cast("B"), self.file.fileno()
         while len(rest) and base is not None:
             read = os.preadv(number, [rest], base + place)
             if read == 0:
