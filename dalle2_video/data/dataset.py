@@ -72,11 +72,14 @@ class ClipOrder:
 
 
 class Pointer(NamedTuple):
-    """One meeting with a clip: global counter, position of the clip in the split, clip key."""
+    """One meeting with a clip: global counter, position of the clip in the split, clip key, and how
+    many images come with it.
+    """
 
     counter: int
     index: int
     key: str
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ class CelebVTextDataset:
     def pointer(self, counter: int) -> Pointer:
         """The clip that training meets at this global counter."""
         index = self._order(counter)
-        return Pointer(counter, index, self.key(index))
+        return Pointer(counter, index, self.key(index), self.images)
 
     def eval_pointer(self, index: int) -> Pointer:
         """The split's clip number `index`, which is its counter too."""
@@ -184,17 +187,14 @@ class CelebVTextDataset:
         index = self._image_order(counter)
         return Pointer(counter, index, self.key(index))
 
-    def collate_training(self, pointers: Sequence[Pointer]) -> Batch:
-        """`collate`, with the images of these meetings where there are some."""
-        if not self.images:
-            return self.collate(pointers)
-        counters = [p.counter * self.images + j for p in pointers for j in range(self.images)]
-        images = self._collate(list(map(self.image_pointer, counters)), images=True)
-        return replace(self.collate(pointers), images=images)
-
     def collate(self, pointers: Sequence[Pointer]) -> Batch:
         """Loads the frames, chooses the captions and looks the embeddings up by key."""
-        return self._collate(pointers, images=False)
+        batch = self._collate(pointers, images=False)
+        counters = [p.counter * p.images + j for p in pointers for j in range(p.images)]
+        if not counters:
+            return batch
+        images = self._collate([self.image_pointer(c) for c in counters], images=True)
+        return replace(batch, images=images)
 
     def _collate(self, pointers: Sequence[Pointer], images: bool) -> Batch:
         seed = self._image_seed if images else self.seed
@@ -237,9 +237,8 @@ class _Batches(Dataset):
         self.dataset, self.train = dataset, train
 
     def __getitem__(self, counters: list[int]) -> Batch:
-        if not self.train:
-            return self.dataset.collate([self.dataset.eval_pointer(c) for c in counters])
-        return self.dataset.collate_training([self.dataset.pointer(c) for c in counters])
+        point = self.dataset.pointer if self.train else self.dataset.eval_pointer
+        return self.dataset.collate([point(counter) for counter in counters])
 
 
 class _TrainCounters(Sampler):
