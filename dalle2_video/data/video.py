@@ -211,7 +211,9 @@ def _is_unreferenced(packet: bytes, extradata: bytes | None) -> bool:
     nal_unit_type 1, ITU-T H.264 section 7.4.1); damaged ones are not.
     """
     kinds = []
-    if extradata and extradata[0] == 1:  # lengths before the units (ISO/IEC 14496-15)
+    if (
+        extradata and len(extradata) > 4 and extradata[0] == 1
+    ):  # lengths before the units (ISO/IEC 14496-15)
         size, place = (extradata[4] & 3) + 1, 0
         while place + size < len(packet):
             kinds.append(packet[place + size])
