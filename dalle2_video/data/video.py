@@ -211,7 +211,7 @@ def _is_unreferenced(packet: bytes, extradata: bytes | None) -> bool:
     nal_unit_type 1, ITU-T H.264 section 7.4.1); damaged ones are not.
     """
     kinds = []
-    if (
+    if extradata and len(extradata) > 4 and extradata[0] == 1:  # lengths first (ISO/IEC 14496-15)
         extradata and len(extradata) > 4 and extradata[0] == 1
     ):  # lengths before the units (ISO/IEC 14496-15)
         size, place = (extradata[4] & 3) + 1, 0
