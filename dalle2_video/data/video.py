@@ -212,8 +212,6 @@ def _is_unreferenced(packet: bytes, extradata: bytes | None) -> bool:
     """
     kinds = []
     if extradata and len(extradata) > 4 and extradata[0] == 1:  # lengths first (ISO/IEC 14496-15)
-        extradata and len(extradata) > 4 and extradata[0] == 1
-    ):  # lengths before the units (ISO/IEC 14496-15)
         size, place = (extradata[4] & 3) + 1, 0
         while place + size < len(packet):
             kinds.append(packet[place + size])
