@@ -38,6 +38,7 @@ from dalle2_video.training.environment import splits_weights
 from dalle2_video.training.stage import ConfigError, Loss, Sample, Stage, StepInfo, TrainConfig
 
 SAMPLES = 8
+TOKENS_STEP = 128  # to a multiple of which text tokens are padded for a compiled network
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class DropSection:
 @dataclass(frozen=True)
 class UnetSection:
     """A section of `unets` in the configuration. activation_checkpointing: less memory, about a
-    third more time. compile: torch.compile, whose first steps take minutes.
+    third more time. compile: torch.compile, whose first steps take minutes, once for each number of
+    text tokens (padded to a multiple of TOKENS_STEP).
 
     images: independent frames that are appended to each clip (joint training, Ho et al. 2022,
     section 3; 8 for UCF101). image_only: share of the steps that train on those alone.
@@ -135,6 +137,12 @@ def decoder_stage(
     encode = TextEncoder(clip)
     drop = dataclasses.asdict(section.drop)
 
+    def fitted(condition: Condition) -> Condition:
+        """A compiled network is built anew for every number of tokens, so these are few."""
+        if not section.compile:
+            return condition
+        return condition.padded(-(-condition.text.shape[1] // TOKENS_STEP) * TOKENS_STEP)
+
     def noised(batch: Batch, step: StepInfo, what: Literal["clips", "images"]) -> _Part:
         assert batch.frames is not None and batch.embeddings is not None
         stream, frames = (name, model.num_frames) if what == "clips" else (f"{name}/image", 1)
@@ -164,7 +172,7 @@ def decoder_stage(
             parts.insert(0, noised(batch, step, "clips"))
         z = join_frames([part.noised.z for part in parts], images)
         log_snr = torch.cat([part.noised.log_snr for part in parts])
-        condition = reduce(Condition.cat, [part.condition for part in parts])
+        condition = fitted(reduce(Condition.cat, [part.condition for part in parts]))
         before = None
         # validation, which runs without gradient, goes the way of sampling
         if model.self_condition and (
@@ -195,7 +203,8 @@ def decoder_stage(
         batch = dataset.collate(pointers).to(accelerator.device)
         assert batch.embeddings is not None
         text = encode(batch)
-        condition = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
+        known = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
+        condition = fitted(known)
         video = sample_clips(
             unet,
             model.clip_shape,
@@ -219,7 +228,7 @@ def decoder_stage(
                 f"unets.{name}.compile: torch.compile is for one process or DDP; DeepSpeed and "
                 "FSDP gather the weights of each layer by hooks, which it cannot trace"
             )
-        unet.compile()
+        unet.compile(dynamic=False)  # torch 2.14 mistakes strides where shapes are symbols
     return Stage(
         name=name,
         model=unet,
