@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 from dataclasses import replace
 
 import av
@@ -149,10 +150,21 @@ def records(data: bytes):
 
 
 def history(folder):
-    """(axis of every defined metric, history rows) of an offline W&B folder."""
+    """(axis of every defined metric, history rows) of an offline W&B folder, once it is whole: W&B
+    writes it from a process of its own.
+    """
+    for _ in range(200):
+        axes, rows, ended = parsed(folder)
+        if ended:
+            return axes, rows
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} has no end")
+
+
+def parsed(folder):
     from wandb.proto import wandb_internal_pb2
 
-    axes, rows = {}, []
+    axes, rows, ended = {}, [], False
     for data in records(next(folder.glob("*.wandb")).read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
@@ -161,7 +173,8 @@ def history(folder):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return axes, rows
+        ended = ended or record.WhichOneof("record_type") == "exit"
+    return axes, rows, ended
 
 
 def test_wandb_offline_run_resumes_under_one_id(no_key, tmp_path):
