@@ -32,7 +32,7 @@ test-slow: $(STAMP)  ## the tests that take minutes
 test-gpu: $(STAMP)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-bench-gpu: $(STAMP)  ## training speed of the presets on a GPU
+bench-gpu: $(STAMP)  ## training speed on a GPU, at the widths of the presets
 	$(BIN)/python -m benchmarks.unet gpu
 
 format: $(STAMP)  ## format and sort imports

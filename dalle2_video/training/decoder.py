@@ -203,8 +203,7 @@ def decoder_stage(
         batch = dataset.collate(pointers).to(accelerator.device)
         assert batch.embeddings is not None
         text = encode(batch)
-        known = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
-        condition = fitted(known)
+        condition = fitted(Condition.of(batch.embeddings, text.states, text.place, text.embedding))
         video = sample_clips(
             unet,
             model.clip_shape,
