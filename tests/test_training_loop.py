@@ -134,6 +134,18 @@ def test_resume_after_step_2_of_4_gives_the_same_bits(tmp_path, changes):
     assert losses(tmp_path / "whole") == losses(tmp_path / "resumed")
 
 
+def test_an_option_that_came_later_matters_only_where_it_is_on(tmp_path):
+    """A checkpoint of an older version resumes; one of another network does not."""
+    run, cfg = RunConfig(str(tmp_path)), tiny_config()
+    train(tiny_stage(), cfg, run)
+    old = tiny_stage()
+    off = replace(old, config={**old.config, "new_option": False})
+    assert train(off, cfg, run).progress.clips == 32
+    on = replace(old, config={**old.config, "new_option": True})
+    with pytest.raises(CheckpointError, match=r"new_option: 'none' there, True here"):
+        train(on, cfg, run)
+
+
 def test_random_states_come_back(tmp_path):
     """What draws from the global generators goes on as if there had been no stop."""
     draws: list[tuple[float, float]] = []
