@@ -109,6 +109,7 @@ def tiny_config(**changes) -> TrainConfig:
         val_every_clips=16,
         save_every_clips=16,
         keep_checkpoints=2,
+        keep_every_clips=None,
         workers=0,
     )
     return replace(base, **changes)

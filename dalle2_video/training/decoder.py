@@ -148,11 +148,13 @@ def decoder_stage(
         stream, frames = (name, model.num_frames) if what == "clips" else (f"{name}/image", 1)
         x0 = to_float(batch.frames, frames, model.image_size)
         text = encode(batch)
-        t = draw_times(step.seed, batch.counters, stream).to(step.device)
-        eps = keyed.randn(x0.shape[1:], step.seed, batch.counters, f"{stream}/noise")
+        times = draw_times(step.seed, batch.counters, stream)
+        t = times.to(step.device, non_blocking=True)
+        shape, counters = x0.shape[1:], batch.counters
+        eps = keyed.randn(shape, step.seed, counters, f"{stream}/noise", step.device)
         dropped = "drop" if what == "clips" else f"{stream}/drop"
         keep = keep_masks(drop, step.seed, batch.counters, dropped)
-        keep_embedding, keep_text = (mask.to(step.device) for mask in keep)
+        keep_embedding, keep_text = (mask.to(step.device, non_blocking=True) for mask in keep)
         condition = Condition(
             batch.embeddings,
             keep_embedding,
@@ -161,7 +163,7 @@ def decoder_stage(
             text.embedding,
             keep_text,
         )
-        return _Part(what, add_noise(diffusion, x0, t, eps.to(step.device)), condition)
+        return _Part(what, add_noise(diffusion, x0, t, eps), condition)
 
     def objective(unet: nn.Module, batch: Batch, step: StepInfo) -> Loss:
         parts, images = [], 0

@@ -35,12 +35,16 @@ class Ema:
         self.average = {n: shards.local(n).float().clone() for n in shards.trainable}
 
     @torch.no_grad()
-    def update(self, clips: int, batch: int) -> None:
-        """Move towards the weights after a step of `batch` clips that began at `clips` clips."""
+    def update(self, clips: int, batch: int, applied: Tensor | float = 1.0) -> None:
+        """Move towards the weights after a step of `batch` clips that began at `clips` clips.
+
+        applied: 1.0, or 0.0 where the step was skipped: then the average stays.
+        """
         decay = ema_decay(clips, batch, self.halflife_clips, self.rampup)
-        averages = [self.average[n] for n in self.shards.trainable]
-        weights = [self.shards.local(n) for n in self.shards.trainable]
-        torch._foreach_lerp_(averages, weights, 1.0 - decay)  # pyright: ignore
+        weight = torch.as_tensor((1.0 - decay) * applied)
+        for name in self.shards.trainable:
+            shard = self.shards.local(name).float()
+            self.average[name].lerp_(shard, weight.to(shard.device))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -7,8 +7,10 @@ instead. And its DeepSpeed plugin imports transformers, for a hook that only its
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import cast
 
 import torch
@@ -35,9 +37,16 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     """
     if run.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
-    world = process_state().num_processes
+    world = process_state(run.timeout_minutes).num_processes
     micro, steps = share_out(cfg, world)
     deepspeed = _launched_with("DEEPSPEED")
+    sizes = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": cfg.batch_size,
+        "gradient_clipping": cfg.grad_clip or 0.0,
+    }
+    _check_launch_file(sizes)
     if cfg.optimizer == "muon" and splits_weights():
         raise ConfigError(
             "optimizer=muon needs whole matrices, and DeepSpeed and FSDP split them: "
@@ -52,14 +61,29 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     )
     if deepspeed:
         config = cast(DeepSpeedPlugin, accelerator.state.deepspeed_plugin).deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = micro
-        config["gradient_accumulation_steps"] = steps
-        config["train_batch_size"] = cfg.batch_size
-        config["gradient_clipping"] = cfg.grad_clip or 0.0
+        config.update(sizes)
         if run.mixed_precision != "no":
             dtype = {"bf16": "bfloat16", "fp16": "float16"}[run.mixed_precision]
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return accelerator, micro
+
+
+def _check_launch_file(sizes: dict[str, float]) -> None:
+    """ConfigError where the launch, or the DeepSpeed file it names, says other sizes than ours."""
+    said = {}
+    if path := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""):
+        with open(path, encoding="utf-8") as file:
+            said = json.load(file)
+    where = path or "the accelerate config"
+    if steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        said["gradient_accumulation_steps"] = steps
+    for name, ours in sizes.items():
+        value = said.get(name, "auto")
+        if value != "auto" and float(value) != ours:
+            raise ConfigError(
+                f"{where} says {name}: {value}, the train section gives {ours:g}: remove it there "
+                '(or write "auto"), batch_size and micro_batch_size rule'
+            )
 
 
 def splits_weights() -> bool:
@@ -78,16 +102,22 @@ def share_out(cfg: TrainConfig, world: int) -> tuple[int, int]:
     return micro, cfg.batch_size // (micro * world)
 
 
-def process_state() -> PartialState:
-    """The process group of the launch, over gloo where there is no CUDA device."""
+def process_state(timeout_minutes: float = 30.0) -> PartialState:
+    """The process group of the launch, over gloo where there is no CUDA device.
+
+    timeout_minutes: of its collectives; that of the first call holds.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if PartialState._shared_state or torch.cuda.is_available() or launched == 1:
+    timeout = timedelta(minutes=timeout_minutes)
+    if PartialState._shared_state or launched == 1:
         state = PartialState()
+    elif torch.cuda.is_available():
+        state = PartialState(timeout=timeout)
     elif _launched_with("DEEPSPEED"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        state = PartialState(backend="gloo")
+        state = PartialState(backend="gloo", timeout=timeout)
     else:
-        state = PartialState(cpu=True)
+        state = PartialState(cpu=True, timeout=timeout)
     if _launched_with("FSDP") and state.num_processes > 1:
         # Accelerate looks for FSDP only in this state, which an earlier run of the process, or
         # a start on the CPU, left otherwise. The device stays what it is.

@@ -9,6 +9,7 @@ Accelerate: each rank reads its own slice.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,13 +20,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dalle2_video import keyed
 from dalle2_video.data.dataset import train_loader
+from dalle2_video.training.agreement import check_folder, check_ranks, data_facts, from_yaml
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.environment import make_accelerator
+from dalle2_video.training.figures import Flight, Window
 from dalle2_video.training.log import (
     Log,
     NullLog,
@@ -34,13 +38,23 @@ from dalle2_video.training.log import (
     last_validation,
     make_tracker,
 )
+from dalle2_video.training.memory import advice, estimate, peak_bytes
 from dalle2_video.training.optimizer import lr_factor, make_optimizer, set_lr
+from dalle2_video.training.preemption import (
+    EXIT_CODE,
+    Interrupted,
+    Signals,
+    mark_ended,
+    mark_unfinished,
+)
 from dalle2_video.training.shards import shards_of
 from dalle2_video.training.stage import RunConfig, Stage, StepInfo, TrainConfig
-from dalle2_video.training.state import Checkpoints, Progress
+from dalle2_video.training.state import Checkpoints, Progress, saved_progress, strategy_of
 from dalle2_video.training.validation import evaluate, no_trace
 
-MAX_SKIPPED_IN_A_ROW = 50  # fp16 halves its scale from 2^16 down, so some at the start are normal
+MAX_SKIPPED_IN_A_ROW = 3
+STEPS_BEHIND = 1  # on a GPU: figures are read, and signals heeded, one step later
+MAX_OVERFLOWS_IN_A_ROW = 50  # fp16 halves its scale from 2^16 down, so some at the start are normal
 
 
 @dataclass(frozen=True)
@@ -53,19 +67,27 @@ class TrainResult:
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
-    """The gradient was not finite for many steps in a row."""
+    """Loss or gradient were not finite for several steps in a row."""
 
 
 def train(stage: Stage, cfg: TrainConfig, run: RunConfig) -> TrainResult:
     """Train `stage` in `run.dir` until `cfg.clips` clips or `cfg.minutes` minutes; resume if begun.
 
     Every rank calls it with the same arguments. Raises ConfigError, CheckpointError (resuming into
-    another model), WandbKeyError, TrainingDiverged.
+    another model), WandbKeyError, TrainingDiverged; Interrupted, after saving, where a signal asked
+    to end.
     """
     check_wandb(run)
     accelerator, micro = make_accelerator(cfg, run)
     try:
         return _Trainer(stage, cfg, run, accelerator, micro).run_to_end()
+    except RuntimeError as error:
+        if re.search("timed? ?out", str(error), re.IGNORECASE):
+            raise RuntimeError(
+                f"a rank did not answer within timeout_minutes={run.timeout_minutes:g} "
+                f"(this is rank {accelerator.process_index}): {error}"
+            ) from error
+        raise
     finally:
         # One process may train several stages, each with a precision of its own.
         AcceleratorState._reset_state(reset_partial_state=False)
@@ -82,6 +104,12 @@ class _Trainer:
         self.folder = Path(run.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        check_ranks(accelerator, self._facts())
+        self.progress = saved_progress(self.folder)
+        strategy, notes = strategy_of(accelerator), []
+        if accelerator.is_main_process and self.fraction() < 1.0:
+            memory = estimate(stage, cfg, accelerator, strategy, micro, run.seed)
+            notes = [*memory.lines(), *advice(memory, strategy, micro)]
         optimizer = make_optimizer(stage.model, cfg)
         _same_start(stage.model, accelerator)
         stage.model.train()
@@ -92,7 +120,10 @@ class _Trainer:
         self.checkpoints = Checkpoints(
             self.folder, accelerator, self.shards, self.ema, stage, cfg, run.seed
         )
-        self.progress = self.checkpoints.restore() or Progress()
+        check_folder(run)
+        restored = self.checkpoints.restore()
+        self.progress = restored[0] if restored else Progress()
+        notes += restored[1:] if restored else []
         self.metrics = last_validation(self.folder / "metrics.jsonl", self.progress.clips)
         self.log: Log = NullLog()
         if accelerator.is_main_process:
@@ -102,6 +133,17 @@ class _Trainer:
             config = {"stage": stage.config, "train": asdict(cfg), "run": settings}
             tracker = make_tracker(run, stage.name, config)
             self.log = RunLog(self.folder, stage.name, tracker, self.progress.clips)
+            for note in notes:
+                self.log.note(note)
+
+    def _facts(self) -> dict[str, Any]:
+        stage, run = self.stage, self.run
+        return {
+            "config": from_yaml(run.resolved) if run.resolved else None,
+            "train": asdict(self.cfg),
+            "stage": {"name": stage.name, "seed": run.seed} | stage.config | stage.meta,
+            "data": data_facts(stage.train_set),
+        }
 
     # ---- how far
 
@@ -125,19 +167,37 @@ class _Trainer:
     # ---- the run
 
     def run_to_end(self) -> TrainResult:
-        try:
-            if self.fraction() < 1.0:
-                self._steps()
-            elif self.checkpoints.exported_clips() != self.progress.clips:
-                self.checkpoints.export(self.progress)
-            self.accelerator.wait_for_everyone()
-        except BaseException:
-            self.log.close(failed=True)
-            raise
+        with Signals() as signals:
+            try:
+                if self.fraction() < 1.0:
+                    self._mark("running")
+                    self._steps(signals)
+                elif self.checkpoints.exported_clips() != self.progress.clips:
+                    self.checkpoints.export(self.progress)
+                self.accelerator.wait_for_everyone()
+            except BaseException as error:
+                if signals.asked is None and not isinstance(error, Interrupted):
+                    self._mark(None)
+                self.log.close(failed=True)
+                raise
+        self._mark(None)
+        self._tell_peak()
         self.log.close()
         return TrainResult(self.progress, self.metrics, self.folder / "model.safetensors")
 
-    def _steps(self) -> None:
+    def _tell_peak(self) -> None:
+        peaks = gather_object([peak_bytes(self.accelerator.device)])
+        self.log.note(f"memory  {'measured peak':20}{max(peaks) / 1e9:10.3f} GB, of any rank")
+
+    def _mark(self, reason: str | None) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        if reason is None:
+            mark_ended(self.folder)
+        else:
+            mark_unfinished(self.folder, self.progress.clips, reason)
+
+    def _steps(self, signals: Signals) -> None:
         batches = train_loader(
             self.stage.train_set,
             self.micro,
@@ -146,44 +206,75 @@ class _Trainer:
             self.progress.clips,
             self.cfg.workers,
         )
-        window = _Window()
+        flight = Flight(STEPS_BEHIND if self.accelerator.device.type == "cuda" else 0)
+        every_clips = self.cfg.log_every_clips, self.cfg.val_every_clips, self.cfg.save_every_clips
+        window = Window()
         skipped_in_a_row = 0
         begun = time.monotonic() - self.progress.seconds
-        ended = False
-        while not ended:
-            values, applied = self._step(batches, window)
-            skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
-            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise TrainingDiverged(
-                    f"{self.stage.name}: the gradient was not finite in {skipped_in_a_row} steps "
-                    f"in a row, up to clip {self.progress.clips}; lower lr, or train with "
-                    "mixed_precision=bf16 or no"
-                )
-            self.progress.seconds = self._agreed(time.monotonic() - begun)
+        ended = asked = False
+        while not (ended or asked):
+            flight.send(*self._step(batches, window, signals, begun))
+            for values in flight.landed(everything=any(self.due(every) for every in every_clips)):
+                self.progress.seconds = values.pop("seconds")
+                asked = asked or values.pop("asked") > 0
+                applied = values.pop("applied") == 1.0
+                self.progress.skipped += not applied
+                skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
+                self._check_finite(skipped_in_a_row, values)
+                window.add(values, self.cfg.batch_size)
             ended = self.fraction() >= 1.0  # not by the time of a save: the end is validated
-            window.add(values, self.cfg.batch_size)
             self.log.progress(self.fraction())
             if self.due(self.cfg.log_every_clips):
                 line = window.close() | {"seconds": self.progress.seconds}
                 line["skipped"] = self.progress.skipped
                 left = self.seconds_left(line["clips_per_second"])
                 self.log.train(self.progress.clips, line, self.fraction(), left)
-                window = _Window()
+                window = Window()
             with window.paused():
                 if self.due(self.cfg.val_every_clips):
                     self._validate()
-                if self.due(self.cfg.save_every_clips):
+                if asked or self.due(self.cfg.save_every_clips):
                     self.progress.seconds = self._agreed(time.monotonic() - begun)
                     self.checkpoints.save(self.progress)
+        if asked and not ended:
+            self._interrupted(signals)
 
-    def _step(self, batches: Iterator[Any], window: _Window) -> tuple[dict[str, float], bool]:
-        """One optimizer step over batch_size clips; (figures, whether it was applied)."""
+    def _interrupted(self, signals: Signals) -> None:
+        name = signals.asked.name if signals.asked else "a signal to another rank"
+        self._mark(name)
+        self.log.note(
+            f"{name}: saved at {self.progress.clips:,} clips, ends; the same command goes on"
+        )
+        self.accelerator.wait_for_everyone()
+        raise Interrupted(EXIT_CODE)
+
+    def _check_finite(self, skipped_in_a_row: int, values: dict[str, float]) -> None:
+        overflow = self.run.mixed_precision == "fp16" and math.isfinite(values["loss"])
+        if skipped_in_a_row < (MAX_OVERFLOWS_IN_A_ROW if overflow else MAX_SKIPPED_IN_A_ROW):
+            return
+        good = self.checkpoints.newest()
+        back = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise TrainingDiverged(
+            f"{self.stage.name}: not finite in {skipped_in_a_row} steps in a row, up to clip "
+            f"{self.progress.clips} (the last: loss {values['loss']}, gradient norm "
+            f"{values['grad_norm']}); {back}. Lower lr, or train with mixed_precision=bf16 or no"
+        )
+
+    def _step(
+        self, batches: Iterator[Any], window: Window, signals: Signals, begun: float
+    ) -> tuple[list[str], Tensor]:
+        """One optimizer step over batch_size clips -> names and values of its figures, which are
+        means over the ranks, but for "seconds" since `begun`, which is the first rank's.
+
+        Nothing here waits for the device, but for fp16's scaler, DeepSpeed and Muon, which do.
+        """
         cfg, accelerator, progress = self.cfg, self.accelerator, self.progress
         after = progress.clips + cfg.batch_size
         factor = lr_factor(after, self.fraction(), cfg.warmup_clips, cfg.lr_schedule)
         set_lr(self.optimizer, cfg.lr * factor)
         sums: dict[str, Tensor] = {}
-        for _ in range(accelerator.gradient_accumulation_steps):
+        steps = accelerator.gradient_accumulation_steps
+        for _ in range(steps):
             with window.waiting():
                 batch = next(batches)
             counters = batch.counters
@@ -195,39 +286,46 @@ class _Trainer:
                 loss = self.stage.objective(self.model, batch, info)
                 accelerator.backward(loss.loss)
             for name, value in {"loss": loss.loss, **loss.metrics}.items():
-                tensor = torch.as_tensor(value, device=accelerator.device).detach().float()
-                sums[name] = sums.get(name, 0) + tensor
-        values = self._mean_over_ranks(sums)
-        values["grad_norm"], applied = self._apply(values["loss"])
-        values["lr"] = cfg.lr * factor
-        progress.steps += 1
-        progress.skipped += not applied
-        if self.ema is not None and applied:
-            self.ema.update(progress.clips, cfg.batch_size)
-        progress.clips = after
-        return values, applied
-
-    def _apply(self, loss: float) -> tuple[float, bool]:
-        """Clip and step, unless the gradient is not finite; (global norm, whether it stepped)."""
-        limit = self.cfg.grad_clip or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        norm = float(norm) if norm is not None else math.nan
-        if self.deepspeed:  # its engine stepped, or skipped, inside backward
-            return norm, not self.optimizer.step_was_skipped
-        applied = math.isfinite(norm) and math.isfinite(loss)
-        if applied or self.accelerator.scaler is not None:
-            self.optimizer.step()  # with a scaler: it skips by itself, and lowers its scale
-            applied = applied and not self.optimizer.step_was_skipped
-        self.optimizer.zero_grad()
-        return norm, applied
-
-    def _mean_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Means over micro-batches and ranks, by one reduction."""
+                sums[name] = sums.get(name, 0) + self._on_device(value).detach().float() / steps
+        world, first = accelerator.num_processes, accelerator.is_main_process
+        sums["asked"] = self._on_device(float(signals.asked is not None))
+        seconds = time.monotonic() - begun
+        sums["seconds"] = self._on_device(seconds * world if first else 0.0)
         names = sorted(sums)
-        stacked = torch.stack([sums[n] for n in names])
-        stacked = stacked / self.accelerator.gradient_accumulation_steps
-        reduced = cast(Tensor, self.accelerator.reduce(stacked, reduction="mean"))
-        return dict(zip(names, reduced.tolist(), strict=True))
+        means = cast(Tensor, accelerator.reduce(torch.stack([sums[n] for n in names]), "mean"))
+        norm, applied = self._apply(means[names.index("loss")])
+        progress.steps += 1
+        if self.ema is not None:
+            self.ema.update(progress.clips, cfg.batch_size, applied)
+        progress.clips = after
+        rest = torch.stack([norm, applied, self._on_device(cfg.lr * factor)])
+        return [*names, "grad_norm", "applied", "lr"], torch.cat([means, rest])
+
+    def _on_device(self, value: Tensor | float) -> Tensor:
+        value = value if isinstance(value, Tensor) else torch.tensor(value)
+        return value.to(self.accelerator.device, torch.float32, non_blocking=True)
+
+    def _apply(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and step, unless the gradient or the ranks' loss is not finite -> the global norm
+        and 1.0 or 0.0, whether it stepped.
+        """
+        accelerator = self.accelerator
+        limit = self.cfg.grad_clip or math.inf
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        if self.deepspeed:  # its engine stepped, or skipped, inside backward
+            norm = math.nan if norm is None else norm
+            applied = float(not self.optimizer.step_was_skipped)
+            return self._on_device(norm), self._on_device(applied)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
+        applied = (norm + loss).isfinite().float()
+        if accelerator.scaler is None:
+            self.optimizer.optimizer.found_inf = 1.0 - applied  # skipped by the fused kernel
+            self.optimizer.step()
+        else:
+            self.optimizer.step()  # the scaler skips by itself, and lowers its scale
+            applied = applied * float(not self.optimizer.step_was_skipped)
+        self.optimizer.zero_grad()
+        return norm.float(), applied
 
     def _agreed(self, seconds: float) -> float:
         """The first rank's clock, so that all ranks end at the same step."""
@@ -248,48 +346,6 @@ class _Trainer:
             self.log.validation(self.progress.clips, self.metrics)
         if samples:
             self.log.samples(self.progress.clips, samples)
-
-
-class _Window:
-    """Figures since the last log line: means, clips per second, share of time spent on waiting."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}  # some steps have figures that others have not
-        self.clips = 0
-        self.begun, self.wait, self.pause = time.monotonic(), 0.0, 0.0
-        self.last: dict[str, float] = {}
-
-    def add(self, values: dict[str, float], clips: int) -> None:
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
-        self.clips += clips
-        self.last = values
-
-    def waiting(self) -> _Stopwatch:
-        return _Stopwatch(self, "wait")
-
-    def paused(self) -> _Stopwatch:
-        return _Stopwatch(self, "pause")
-
-    def close(self) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.begun - self.pause, 1e-9)
-        means = {name: sum(values) / len(values) for name, values in self.values.items()}
-        means["lr"] = self.last["lr"]
-        return means | {"clips_per_second": self.clips / seconds, "data_wait": self.wait / seconds}
-
-
-class _Stopwatch:
-    """Adds the time spent inside to one of the window's sums."""
-
-    def __init__(self, window: _Window, name: str):
-        self.window, self.name = window, name
-
-    def __enter__(self) -> None:
-        self.begun = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        spent = time.monotonic() - self.begun
-        setattr(self.window, self.name, getattr(self.window, self.name) + spent)
 
 
 def _same_start(model: nn.Module, accelerator: Accelerator) -> None:

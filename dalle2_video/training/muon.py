@@ -42,12 +42,17 @@ class Muon(torch.optim.AdamW):
 
     A convolution counts as the matrix (C_out, C_in k k). Updates have a root mean square of 0.2,
     about AdamW's. Every parameter must be whole: under DDP it is, under ZeRO and FSDP it is not.
+    found_inf: as in torch's optimizers, 1.0 makes a step do nothing.
     """
+
+    found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """One step of all groups; closure is not supported."""
         assert closure is None
+        if self.found_inf is not None and self.found_inf.item():
+            return
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:

@@ -47,9 +47,11 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) or Muon over `param_groups`."""
+    """AdamW (Loshchilov & Hutter 2019, Algorithm 2) or Muon over `param_groups`; AdamW in torch's
+    fused kernel, under ZeRO and FSDP2 too.
+    """
     kind = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
-    return kind(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas)
+    return kind(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=cfg.betas, fused=True)
 
 
 def lr_factor(clips: int, progress: float, warmup_clips: int, schedule: str) -> float:

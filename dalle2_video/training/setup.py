@@ -56,7 +56,9 @@ def sample_config(cfg: DictConfig) -> SampleConfig:
 
 
 def run_config(cfg: DictConfig, stage: str) -> RunConfig:
-    """Where and how a stage runs. Raises WandbKeyError, before any slow work."""
+    """Where and how a stage runs; makes the process group. Raises WandbKeyError, before any slow
+    work.
+    """
     run = RunConfig(
         dir=str(Path(cfg.run_dir) / stage),
         seed=cfg.seed,
@@ -66,7 +68,11 @@ def run_config(cfg: DictConfig, stage: str) -> RunConfig:
         wandb_project=cfg.wandb_project,
         wandb_entity=cfg.wandb_entity,
         wandb_mode=cfg.wandb_mode,
+        section=stage if stage in cfg else f"unets.{stage}",
+        force=cfg.force,
+        timeout_minutes=cfg.timeout_minutes,
         resolved=OmegaConf.to_yaml(cfg, resolve=True),
     )
     check_wandb(run)
+    process_state(run.timeout_minutes)
     return run

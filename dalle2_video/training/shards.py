@@ -64,6 +64,19 @@ class Shards(ABC):
             state[name] = value.detach().cpu().clone()
         return state
 
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `full_state`, for the entries that `state` has. Collective.
+
+        Raises KeyError where a trainable parameter is not among them.
+        """
+        if lost := [name for name in self.trainable if name not in state]:
+            raise KeyError(f"no weights for {', '.join(lost[:4])}")
+        self.write({n: self.scatter(n, state[n]) for n in self.params if n in state})
+        with torch.no_grad():
+            for name, value in self._entries():
+                if name in state and name not in self.params:
+                    value.copy_(state[name])
+
     def _entries(self) -> list[tuple[str, Tensor]]:
         """Parameters (tied ones under their first name) and persistent buffers."""
         names = set(self.module.state_dict())

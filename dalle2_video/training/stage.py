@@ -101,6 +101,8 @@ class TrainConfig:
     instead of `clips`. optimizer: muon orthogonalises the updates of matrices and needs them
     whole (one process or DDP). ema_halflife_clips: None = no EMA; the half-life in use is
     min(ema_halflife_clips, ema_rampup * clips seen). *_every_clips: None = only at the end.
+    keep_checkpoints: how many of the newest stay; keep_every_clips: besides them the first at or
+    after each multiple of it.
     """
 
     batch_size: int
@@ -120,12 +122,13 @@ class TrainConfig:
     val_every_clips: int | None
     save_every_clips: int | None
     keep_checkpoints: int
+    keep_every_clips: int | None
     workers: int
 
     def __post_init__(self) -> None:
         positive = ["batch_size", "clips", "lr", "micro_batch_size", "minutes", "grad_clip"]
         positive += ["ema_halflife_clips", "ema_rampup", "log_every_clips", "val_every_clips"]
-        positive += ["save_every_clips", "keep_checkpoints"]
+        positive += ["save_every_clips", "keep_checkpoints", "keep_every_clips"]
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -141,6 +144,8 @@ class RunConfig:
 
     dir: runs/<train_name>/<stage>. wandb_mode: online | offline, None = WANDB_MODE or online.
     resolved: the whole configuration as YAML, written to <dir>/config.yaml when the run begins.
+    section: of it, the stage's own ("unets.base"). force: go on where it differs from that file.
+    timeout_minutes: how long a rank waits for the others before the run ends.
     """
 
     dir: str
@@ -152,6 +157,9 @@ class RunConfig:
     wandb_entity: str | None = None
     wandb_mode: Literal["online", "offline"] | None = None
     resolved: str | None = None
+    section: str = ""
+    force: bool = False
+    timeout_minutes: float = 30.0
 
 
 def from_config(cls: type[T], section: DictConfig | Mapping[str, Any], where: str) -> T:

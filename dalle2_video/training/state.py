@@ -1,11 +1,13 @@
 """Checkpoints of a running stage: saved whole or not at all, resumed by the same command.
 
 <dir>/checkpoints/<clips seen, 12 digits>/ holds what `Accelerator.save_state` writes (model,
-optimizer, gradient scaler, random state of each rank), ema.safetensors (full float32 averages, for
-any number of ranks), stage.json (whose weights these are) and progress.json (how far). It is
-written as a hidden folder, flushed and renamed. Weights that the stage filters out are not in it,
-but for FSDP2, whose writer in Accelerate knows no filter. <dir>/model.safetensors is for consumers:
-the EMA weights, or the weights where there is no EMA, under the bare model's names.
+optimizer, gradient scaler, random state of each rank), the weights and the EMA as full float32
+tensors for any number of ranks (model.safetensors of one process or DDP, else weights.safetensors;
+ema.safetensors), stage.json (whose weights these are, under which strategy), progress.json (how
+far) and checksums.json. It is written as a hidden folder, flushed and renamed. Weights that the
+stage filters out are not in it, but for FSDP2, whose writer in Accelerate knows no filter.
+<dir>/model.safetensors is for consumers: the EMA weights, or the weights where there is no EMA,
+under the bare model's names.
 """
 
 from __future__ import annotations
@@ -14,24 +16,31 @@ import json
 import os
 import re
 import shutil
+import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle2_video.checkpoint import CheckpointError, read_header, save_model, sync_path
+from dalle2_video.training.agreement import differences, flat
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.shards import Shards
 from dalle2_video.training.stage import Stage, TrainConfig
 
 WEIGHTS = "model.safetensors"  # the name that Accelerate gives to the weights of the first model
+FULL_WEIGHTS = "weights.safetensors"
+EMA_FILE = "ema.safetensors"
+CHECKSUMS = "checksums.json"
+WHOLE = ("one process", "ddp")  # strategies under which every rank holds everything
 
 
 @dataclass
@@ -64,43 +73,88 @@ class Checkpoints:
         self.shards = shards
         self.ema = ema
         self.stage = stage
-        self.keep = cfg.keep_checkpoints
+        self.cfg = cfg
         identity = {"stage": stage.name, "seed": seed, "optimizer": cfg.optimizer}
         identity |= {"config": stage.config, "meta": stage.meta}
         self.identity = json.loads(json.dumps(identity))
         accelerator.register_save_state_pre_hook(self._filter_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the state is split: over how many ranks, by what."""
+        return {"strategy": strategy_of(self.accelerator), "ranks": self.accelerator.num_processes}
+
     # ---- saving
 
     def save(self, progress: Progress) -> None:
-        """Write model.safetensors and the checkpoint of this moment, then drop the oldest ones."""
-        self.export(progress)
+        """Write model.safetensors and the checkpoint of this moment, then drop the oldest ones.
+
+        Raises CheckpointError on every rank where one cannot write; what was there stays.
+        """
         final = self.root / f"{progress.clips:012d}"
         temporary = self.root / f".{final.name}.tmp"
         main = self.accelerator.is_main_process
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+        with self._alike_on_all_ranks(temporary):
+            self.export(progress)
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with self._alike_on_all_ranks(temporary):
+            self._write(temporary, progress)
+        sums = self._checksums(temporary)
+        with self._alike_on_all_ranks(temporary):
+            if main:
+                _write_json(temporary / CHECKSUMS, sums)
+                for path in [*temporary.rglob("*"), temporary]:
+                    sync_path(path)
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(temporary, final)
+                sync_path(self.root)
+                for old in superseded(whole_checkpoints(self.root), self.cfg):
+                    shutil.rmtree(old)
+
+    def _write(self, folder: Path, progress: Progress) -> None:
         options = {"exclude_frozen_parameters": True} if self._partial_deepspeed else {}
-        self.accelerator.save_state(str(temporary), **options)
+        self.accelerator.save_state(str(folder), **options)
         average = self.ema.full_state() if self.ema else {}
-        self.accelerator.wait_for_everyone()
-        if main:
-            if self.ema:
-                save_file({n: t.contiguous() for n, t in average.items()}, temporary / EMA_FILE)
-            _write_json(temporary / "stage.json", self.identity)
-            _write_json(temporary / "progress.json", asdict(progress))
-            for path in [*temporary.rglob("*"), temporary]:
-                sync_path(path)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            sync_path(self.root)
-            for old in whole_checkpoints(self.root)[: -self.keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        whole = {} if self._unsplit else self.shards.full_state(self.stage.keeps)
+        if not self.accelerator.is_main_process:
+            return
+        for name, state in ((EMA_FILE, average), (FULL_WEIGHTS, whole)):
+            if state:
+                save_file({n: t.contiguous() for n, t in state.items()}, folder / name)
+        _write_json(folder / "stage.json", self.identity | {"layout": self.layout})
+        _write_json(folder / "progress.json", asdict(progress))
+
+    def _checksums(self, folder: Path) -> dict[str, str]:
+        """{relative path: checksum} of every file; each rank reads its share."""
+        paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        own = {str(p.relative_to(folder)): checksum(p) for p in paths[rank::world]}
+        return {name: value for part in gather_object([own]) for name, value in part.items()}
+
+    @contextmanager
+    def _alike_on_all_ranks(self, folder: Path) -> Iterator[None]:
+        """An error of one rank inside becomes the same CheckpointError on all of them."""
+        found = None
+        try:
+            yield
+        except Exception as error:
+            found = f"rank {self.accelerator.process_index}: {type(error).__name__}: {error}"
+        causes = [cause for cause in gather_object([found]) if cause]
+        if not causes:
+            return
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        newest = self.newest()
+        kept = f"the newest whole one is {newest}" if newest else "there is none yet"
+        free = shutil.disk_usage(self.folder).free / 1e9
+        raise CheckpointError(
+            f"{folder}: cannot save a checkpoint ({'; '.join(causes)}); its disk has {free:.1f} GB "
+            f"free; {kept}"
+        )
 
     def export(self, progress: Progress) -> None:
         """Write model.safetensors; its meta names the clips seen and whether it is the EMA."""
@@ -121,26 +175,86 @@ class Checkpoints:
 
     # ---- resuming
 
-    def restore(self) -> Progress | None:
-        """Continue from the newest whole checkpoint; None when there is none.
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return next(reversed(whole_checkpoints(self.root)), None)
 
+    def restore(self) -> tuple[Progress, str] | None:
+        """Continue from the newest whole checkpoint -> how far it is and what was carried over;
+        None when there is none. One whose checksums do not hold is passed over, loudly.
+
+        Under another strategy or number of ranks weights and EMA are carried over, and the
+        optimizer's moments where one process, DDP and FSDP2 load those of other ranks themselves.
         Half-written folders are removed. Raises CheckpointError when the checkpoint belongs to
-        another stage, seed or configuration (with the differing keys) or cannot be read.
+        another stage, seed or configuration (with the differing keys) or cannot be read, or when
+        all are damaged.
         """
         if self.accelerator.is_main_process and self.root.exists():
             for rest in self.root.glob(".*.tmp"):
                 shutil.rmtree(rest)
         self.accelerator.wait_for_everyone()
         found = whole_checkpoints(self.root)
-        if not found:
-            return None
-        folder = found[-1]
-        self._check_identity(folder)
-        options: dict[str, Any] = {"load_module_strict": False} if self._partial_deepspeed else {}
-        try:
-            with _weights_only(self._deepspeed):
-                self.accelerator.load_state(str(folder), **options)
+        damage = []
+        while found:
+            folder = found.pop()
+            if wrong := self._damaged(folder):
+                damage.append(f"{folder}: damaged ({', '.join(wrong)})")
+                self.accelerator.print(f"{damage[-1]}; not used", file=sys.stderr, flush=True)
+                continue
+            told = self._restore(folder)
+            return _read_progress(folder), "; ".join([told, *damage])
+        if damage:
+            raise CheckpointError(
+                f"{'; '.join(damage)}: no whole checkpoint is left; remove the folder "
+                f"{self.root} to begin anew"
+            )
+        return None
+
+    def _damaged(self, folder: Path) -> list[str]:
+        """The files that are missing or not as they were written; alike on all ranks."""
+        path = folder / CHECKSUMS
+        if not path.exists():  # of a version that wrote none
+            return []
+        written, now = json.loads(path.read_text()), self._checksums(folder)
+        return sorted(name for name, value in written.items() if now.get(name) != value)
+
+    def _restore(self, folder: Path) -> str:
+        """Load one checkpoint -> a sentence for the log."""
+        saved = json.loads((folder / "stage.json").read_text())
+        self._check_identity(folder, saved)
+        there = saved.get("layout", self.layout)
+        with self._readable(folder):
+            if self._loads(there):
+                options: dict[str, Any] = {}
+                if self._partial_deepspeed:
+                    options["load_module_strict"] = False
+                with _weights_only(self._deepspeed):
+                    self.accelerator.load_state(str(folder), **options)
+            else:
+                self._load_full_weights(folder)
             self._load_ema(folder)
+        self.accelerator.step = 0  # a checkpoint lies between optimizer steps
+        here = self.layout
+        if there == here:
+            return f"goes on from {folder.name}"
+        moments = "and the optimizer's moments" if self._loads(there) else "but not the moments"
+        names = [f"{x['strategy']} on {x['ranks']} processes" for x in (there, here)]
+        return (
+            f"goes on from {folder.name} of {names[0]} under {names[1]}: weights and EMA are "
+            f"carried over, {moments}"
+        )
+
+    def _loads(self, there: dict[str, Any]) -> bool:
+        """Whether this strategy reads what was saved under that layout."""
+        here = self.layout
+        if there["strategy"] in WHOLE and here["strategy"] in WHOLE:
+            return True
+        return there == here or there["strategy"] == here["strategy"] == "fsdp2"
+
+    @contextmanager
+    def _readable(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
         except CheckpointError:
             raise
         except Exception as error:
@@ -148,22 +262,21 @@ class Checkpoints:
                 f"{folder}: cannot be loaded ({type(error).__name__}: {error}); "
                 "remove this folder to continue from the one before it"
             ) from error
-        self.accelerator.step = 0  # a checkpoint lies between optimizer steps
-        return Progress(**json.loads((folder / "progress.json").read_text()))
 
-    def _check_identity(self, folder: Path) -> None:
+    def _load_full_weights(self, folder: Path) -> None:
+        path = next(p for p in (folder / FULL_WEIGHTS, folder / WEIGHTS) if p.exists())
+        state = {name.removeprefix("module."): t for name, t in load_file(path).items()}
+        self.shards.load_full_state(state)
+
+    def _check_identity(self, folder: Path, there: dict[str, Any]) -> None:
         path = folder / "stage.json"
-        saved, own = _flat(json.loads(path.read_text())), _flat(self.identity)
+        there = {name: value for name, value in there.items() if name != "layout"}
+        saved, own = flat(there), flat(self.identity)
         # an option that is off and did not exist then makes no difference
         own = {k: value for k, value in own.items() if k in saved or value not in (False, 0, None)}
-        differing = [k for k in sorted(saved | own) if saved.get(k, "-") != own.get(k, "-")]
-        if differing:
-            shown = "; ".join(
-                f"{k}: {saved.get(k, 'none')!r} there, {own.get(k, 'none')!r} here"
-                for k in differing[:6]
-            )
+        if found := differences(saved, own):
             raise CheckpointError(
-                f"{path}: belongs to another model or run ({shown}); "
+                f"{path}: belongs to another model or run ({'; '.join(found)}); "
                 "choose another train_name, or remove the run's folder"
             )
 
@@ -180,6 +293,10 @@ class Checkpoints:
     @property
     def _deepspeed(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def _unsplit(self) -> bool:
+        return self.layout["strategy"] in WHOLE
 
     @property
     def _partial_deepspeed(self) -> bool:
@@ -201,7 +318,46 @@ class Checkpoints:
                 raise CheckpointError(f"{folder}/{WEIGHTS}: does not fit the model ({names})")
 
 
-EMA_FILE = "ema.safetensors"
+def saved_progress(folder: Path) -> Progress:
+    """How far the newest checkpoint of a stage's folder is, without loading it."""
+    found = whole_checkpoints(folder / "checkpoints")
+    return _read_progress(found[-1]) if found else Progress()
+
+
+def _read_progress(checkpoint: Path) -> Progress:
+    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
+def strategy_of(accelerator: Accelerator) -> str:
+    """ "one process", "ddp", "fsdp2", or "zero1" to "zero3"."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{cast(Any, accelerator.state.deepspeed_plugin).zero_stage}"
+    if accelerator.is_fsdp2:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "one process"
+
+
+def checksum(path: Path) -> str:
+    """The CRC-32 of a file's bytes, 8 hexadecimal digits: it tells damage, not malice."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def superseded(checkpoints: list[Path], cfg: TrainConfig) -> list[Path]:
+    """Those to remove: all but the newest `keep_checkpoints`, and the first at or after each
+    multiple of `keep_every_clips`.
+    """
+    every, reached, old = cfg.keep_every_clips, 0, []
+    for path in checkpoints:
+        multiple = int(path.name) // every if every else 0
+        if multiple <= reached:
+            old.append(path)
+        reached = max(reached, multiple)
+    newest = checkpoints[-cfg.keep_checkpoints :]
+    return [path for path in old if path not in newest]
 
 
 def whole_checkpoints(root: Path) -> list[Path]:
@@ -241,13 +397,3 @@ def _deepspeed_types() -> list[Any]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return flat

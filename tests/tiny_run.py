@@ -1,0 +1,41 @@
+"""A run of the tiny stage that takes its time, to be signalled, killed, and started again.
+
+    python -m tests.tiny_run FOLDER SECONDS_PER_STEP [key=value of TrainConfig ...]
+
+Also under `accelerate launch`. fault=die|hang makes rank 1 do so at clip 64.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dalle2_video.training.loop import train
+from dalle2_video.training.stage import RunConfig
+from tests.tiny_stage import objective, tiny_config, tiny_stage
+
+
+def main() -> None:
+    folder, pause, *changes = sys.argv[1:]
+    values = dict(change.split("=") for change in changes)
+    fault = values.pop("fault", None)
+    minutes = float(values.pop("timeout_minutes", 30))
+    torch.set_num_threads(1)
+
+    def slow(model, batch, step):
+        time.sleep(float(pause))
+        if fault and int(os.environ["RANK"]) == 1 and step.first == 64:
+            if fault == "die":
+                os.kill(os.getpid(), 9)
+            time.sleep(600)
+        return objective(model, batch, step)
+
+    cfg = tiny_config(**{"clips": 800} | {name: int(value) for name, value in values.items()})
+    run = RunConfig(str(Path(folder)), seed=3, timeout_minutes=minutes)
+    train(tiny_stage(objective=slow), cfg, run)
+
+
+if __name__ == "__main__":
+    main()
