@@ -8,6 +8,7 @@ The same command resumes; `--cfg job` shows every value that the command line ca
 
 import hydra
 from omegaconf import DictConfig
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from dalle2_video.training.clip import ClipSection, cache_embeddings, clip_stage
 from dalle2_video.training.loop import train
@@ -16,6 +17,7 @@ from dalle2_video.training.stage import from_config
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
+@record  # so that the launcher names the rank that failed, and why
 def main(cfg: DictConfig) -> None:
     section = from_config(ClipSection, cfg.clip, "clip")
     run = run_config(cfg, "clip")

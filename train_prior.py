@@ -9,6 +9,7 @@ all).
 
 import hydra
 from omegaconf import DictConfig
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from dalle2_video.training.conditions import load_conditions
 from dalle2_video.training.loop import train
@@ -18,6 +19,7 @@ from dalle2_video.training.stage import from_config
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
+@record  # so that the launcher names the rank that failed, and why
 def main(cfg: DictConfig) -> None:
     section = from_config(PriorSection, cfg.prior, "prior")
     run = run_config(cfg, "prior")

@@ -1,10 +1,7 @@
 """The joints, with the real scripts on small real data: preprocess, CLIP, prior, base, sample."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,15 +62,20 @@ SMALL = [
 ]
 
 
+def composed(*overrides: str):
+    """The configuration of these overrides."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return compose("config", list(overrides))
+
+
 @pytest.fixture(scope="module")
 def configure(tmp_path_factory):
     """overrides -> config of a small run; data and runs live in one temporary folder."""
     folder = tmp_path_factory.mktemp("pipeline")
 
     def compose_config(*overrides: str, run: str = "run"):
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            places = [f"data.root={folder}/data", f"run_dir={folder}/{run}"]
-            return compose("config", [*SMALL, *places, *overrides])
+        places = [f"data.root={folder}/data", f"run_dir={folder}/{run}"]
+        return composed(*SMALL, *places, *overrides)
 
     return compose_config
 
@@ -193,60 +195,6 @@ def test_images_that_cannot_be(configure) -> None:
     ):
         with pytest.raises(ConfigError, match=cause):
             train_decoder.main(configure(override))
-
-
-@pytest.mark.parametrize(
-    ("stage", "strategy", "precision", "more"),
-    [
-        ("clip", "zero3", "no", []),
-        ("prior", "zero3", "no", []),
-        ("base", "zero3", "no", []),
-        ("base", "zero3", "bf16", []),
-        ("base", "fsdp2", "no", []),
-        ("base", "zero3", "no", JOINT),
-        ("base", "fsdp2", "no", JOINT),
-        ("base", "ddp", "no", JOINT),
-    ],
-)
-def test_a_stage_trains_sharded_over_two_processes(
-    configure, run_dir, joint_dir, stage, strategy, precision, more
-) -> None:
-    """`accelerate launch ... train_<stage>.py`: the losses and the weights of one process."""
-    cfg = configure(*more, run=f"{stage}_{strategy}_{precision}_{len(more)}")
-    other = Path(cfg.run_dir)
-    run_dir = joint_dir if more else run_dir
-    if stage != "clip":
-        shutil.copytree(run_dir / "clip", other / "clip")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    command += ["--config_file", f"configs/accelerate/{strategy}.yaml", "--main_process_port", "0"]
-    places = [f"data.root={cfg.data.root}", f"run_dir={cfg.run_dir}"]
-    places += [f"mixed_precision={precision}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(STAGES[stage][0].__file__), *SMALL, *more, *places],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-    def losses(folder: Path) -> list[float]:
-        lines = read_metrics(folder / stage / "metrics.jsonl")
-        return [line[name] for line in lines for name in ("loss", "val/loss") if name in line]
-
-    alone, together = losses(run_dir), losses(other)
-    assert alone
-    assert together == pytest.approx(alone, rel=1e-3 if precision == "no" else 0.05)
-    if precision != "no":
-        assert together != pytest.approx(alone, rel=1e-6)  # it was really another precision
-        return
-    weights = load_file(run_dir / stage / "model.safetensors")
-    sharded = load_file(other / stage / "model.safetensors")
-    assert weights.keys() == sharded.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(sharded[name], tensor, atol=2e-3, rtol=0.05, msg=name)
 
 
 def test_metrics_are_written_by_clips(run_dir) -> None:

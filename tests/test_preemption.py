@@ -17,10 +17,9 @@ from dalle2_video.training.loop import train
 from dalle2_video.training.preemption import EXIT_CODE, FILE, Signals
 from dalle2_video.training.stage import RunConfig
 from dalle2_video.training.state import whole_checkpoints
+from tests.launching import ENVIRONMENT, ROOT, launch_command, run_launch
 from tests.tiny_stage import tiny_config, tiny_stage
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 EVERY = {"clips": 800, "log_every_clips": 8, "val_every_clips": 400}
 
 
@@ -28,12 +27,6 @@ def tiny_run(folder: Path, pause: float, **changes: object) -> list[str]:
     """The command of a slow run."""
     values = [f"{name}={value}" for name, value in (EVERY | changes).items()]
     return ["-m", "tests.tiny_run", str(folder), str(pause), *values]
-
-
-def launched(strategy: str = "ddp", processes: int = 2) -> list[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
-    command += [str(processes), "--main_process_port", "0"]
-    return [*command, "--config_file", f"configs/accelerate/{strategy}.yaml"]
 
 
 def launch_environment() -> dict[str, str]:
@@ -94,7 +87,7 @@ def test_a_signal_makes_the_run_save_and_end(number, undisturbed, tmp_path) -> N
 
 
 def test_a_signal_to_the_launcher_ends_all_ranks(undisturbed, tmp_path) -> None:
-    command = [*launched(), *tiny_run(tmp_path, 0.02, save_every_clips=400)]
+    command = [*launch_command("ddp"), *tiny_run(tmp_path, 0.02, save_every_clips=400)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=launch_environment(), stdout=subprocess.PIPE, text=True
     )
@@ -104,8 +97,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks(undisturbed, tmp_path) -> None:
     state = json.loads((tmp_path / FILE).read_text())
     assert "SIGUSR1: saved at" in out and state["reason"] == "SIGUSR1"
     assert (tmp_path / "checkpoints" / f"{state['clips']:012d}" / "progress.json").exists()
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_launch(command)
     assert losses(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
     assert not (tmp_path / FILE).exists()
 
@@ -113,7 +105,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks(undisturbed, tmp_path) -> None:
 def test_nohup_holds_when_the_terminal_closes(undisturbed, tmp_path) -> None:
     """The README's lines, typed into a shell on a terminal that is then closed."""
     folder = tmp_path / "run"
-    line = " ".join([*launched(), *tiny_run(folder, 0.02, save_every_clips=400)])
+    line = " ".join([*launch_command("ddp"), *tiny_run(folder, 0.02, save_every_clips=400)])
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
@@ -147,21 +139,22 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(undisturbed, tmp_path) -> N
 
 
 def test_a_rank_that_dies_ends_the_run(tmp_path) -> None:
-    command = [*launched(), *tiny_run(tmp_path, 0.0, fault="die")]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode != 0 and "Signal 9" in done.stderr
+    command = [*launch_command("ddp"), *tiny_run(tmp_path, 0.0, fault="die")]
+    assert "Signal 9" in run_launch(command, fails=True)
+
+
+def test_a_file_that_one_rank_misses_ends_the_run(tmp_path) -> None:
+    command = [*launch_command("ddp"), *tiny_run(tmp_path, 0.0, fault="data")]
+    said = run_launch(command, fails=True)
+    summary = said.split("Root Cause")[1]
+    assert "rank      : 1" in summary and "StoreError: videos/7.h5 cannot be read" in summary
+    assert not (tmp_path / FILE).exists(), "the same command would fail again"
 
 
 def test_a_rank_that_hangs_ends_the_run_in_the_configured_time(tmp_path) -> None:
-    command = [*launched(), *tiny_run(tmp_path, 0.0, fault="hang", timeout_minutes=0.1)]
+    command = [*launch_command("ddp"), *tiny_run(tmp_path, 0.0, fault="hang", timeout_minutes=0.1)]
     environment = ENVIRONMENT | {"PET_SHUTDOWN_TIMEOUT": "2"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode != 0
-    assert "timeout_minutes=0.1" in done.stderr + done.stdout
+    assert "timeout_minutes=0.1" in run_launch(command, environment, timeout=120, fails=True)
 
 
 def test_signals_are_as_before_afterwards() -> None:

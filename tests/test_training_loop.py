@@ -25,6 +25,7 @@ from dalle2_video.training.environment import process_state, share_out
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import TrainingDiverged, train
 from dalle2_video.training.optimizer import lr_factor, param_groups
+from dalle2_video.training.preemption import Interrupted
 from dalle2_video.training.shards import WholeShards
 from dalle2_video.training.stage import ConfigError, Loss, RunConfig, TrainConfig, from_config
 from dalle2_video.training.state import checksum, whole_checkpoints
@@ -442,6 +443,33 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path, value):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1]
     assert lines[1]["loss"] is None
+
+
+def test_figures_read_a_step_later_are_the_same(tmp_path, monkeypatch):
+    """As on a GPU: the log lines, the count of skipped steps, and the end by a signal."""
+    cfg = tiny_config(clips=96, log_every_clips=24, warmup_clips=0)
+    stage = tiny_stage(objective=broken({8, 40}))
+    train(stage, cfg, RunConfig(str(tmp_path / "at once")))
+    at_once = loop.Flight
+    monkeypatch.setattr(loop, "Flight", lambda behind: at_once(1))
+    train(tiny_stage(objective=broken({8, 40})), cfg, RunConfig(str(tmp_path / "later")))
+    keys = ("clips", "loss", "grad_norm", "lr", "skipped", "val/loss")
+    a, b = (
+        [{k: line[k] for k in keys if k in line} for line in read_metrics(folder / "metrics.jsonl")]
+        for folder in (tmp_path / "at once", tmp_path / "later")
+    )
+    assert a == b and a[-2]["skipped"] == 2
+
+    def signalling(model, batch, step):
+        if step.first == 32 and model.training:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return objective(model, batch, step)
+
+    run = RunConfig(str(tmp_path / "signal"))
+    with pytest.raises(Interrupted):
+        train(tiny_stage(objective=signalling), replace(cfg, save_every_clips=None), run)
+    saved = whole_checkpoints(tmp_path / "signal/checkpoints")
+    assert [path.name for path in saved] == ["000000000048"]  # not 40: one step later
 
 
 def test_three_such_steps_in_a_row_are_an_error(tmp_path):

@@ -2,7 +2,8 @@
 
     python -m tests.tiny_run FOLDER SECONDS_PER_STEP [key=value of TrainConfig ...]
 
-Also under `accelerate launch`. fault=die|hang makes rank 1 do so at clip 64.
+Also under `accelerate launch`. fault=die|hang|data lets rank 1 die, hang, or miss a file at
+clip 64.
 """
 
 import os
@@ -11,12 +12,15 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
+from dalle2_video.data.store import StoreError
 from dalle2_video.training.loop import train
 from dalle2_video.training.stage import RunConfig
 from tests.tiny_stage import objective, tiny_config, tiny_stage
 
 
+@record
 def main() -> None:
     folder, pause, *changes = sys.argv[1:]
     values = dict(change.split("=") for change in changes)
@@ -29,6 +33,8 @@ def main() -> None:
         if fault and int(os.environ["RANK"]) == 1 and step.first == 64:
             if fault == "die":
                 os.kill(os.getpid(), 9)
+            if fault == "data":
+                raise StoreError("videos/7.h5 cannot be read")
             time.sleep(600)
         return objective(model, batch, step)
 

@@ -19,7 +19,7 @@ from dalle2_video import keyed
 from dalle2_video.training import state
 from dalle2_video.training.loop import train
 from dalle2_video.training.shards import shards_of
-from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
+from dalle2_video.training.stage import ConfigError, Loss, RunConfig, Stage, StepInfo, TrainConfig
 from dalle2_video.training.validation import mean_objective
 
 DIM = 8
@@ -117,9 +117,11 @@ def tiny_config(**changes) -> TrainConfig:
 
 def run_rank(root: Path, precision: str = "no") -> None:
     """One rank: 4 steps in one go (root/whole), and 2 steps resumed to 4 (root/resumed); then 3
-    steps (root/broken) of which the second meets NaN in one micro-batch of one rank.
+    steps (root/broken) of which the second meets NaN in one micro-batch of one rank; then what
+    another strategy began (root/foreign), where there is such a folder; then ranks that disagree.
 
-    Each rank writes how many ranks it sees and how many numbers of the weights it holds.
+    Each rank writes how many ranks it sees, how many numbers of the weights it holds, what it
+    predicts under the EMA, and why ranks that disagree did not train.
     """
     torch.set_num_threads(1)
     cfg = tiny_config(micro_batch_size=2)
@@ -129,6 +131,7 @@ def run_rank(root: Path, precision: str = "no") -> None:
         shards = shards_of(accelerator, model)
         held = sum(shards.local(name).numel() for name in shards.trainable)
         seen.update(world=accelerator.num_processes, held=held, type=type(shards).__name__)
+        seen["predicts"] = model(torch.linspace(-1, 1, DIM)[None]).flatten().tolist()
         return mean_objective(tiny_stage(), model, accelerator, 2, 3)
 
     run = RunConfig(str(root / "whole"), seed=3, mixed_precision=precision)
@@ -138,7 +141,7 @@ def run_rank(root: Path, precision: str = "no") -> None:
     train(tiny_stage(validate=validate), cfg, run)
     seen["written"] = len(written)
     rank = torch.distributed.get_rank()
-    (root / f"rank{rank}.json").write_text(json.dumps(seen))
+    predicts = list(seen["predicts"])
     if rank == 0:
         shutil.copytree(root / "whole", root / "resumed")
         shutil.rmtree(root / "resumed/checkpoints/000000000032")
@@ -156,6 +159,13 @@ def run_rank(root: Path, precision: str = "no") -> None:
     stage = tiny_stage(objective=broken, val_set=None)
     short = replace(cfg, clips=24, save_every_clips=None, val_every_clips=None)
     train(stage, short, replace(run, dir=str(root / "broken")))
+    if (root / "foreign").exists():
+        train(tiny_stage(), cfg, replace(run, dir=str(root / "foreign")))
+    try:
+        train(tiny_stage(), replace(cfg, lr=0.01 + rank), replace(run, dir=str(root / "apart")))
+    except ConfigError as error:
+        seen["apart"] = str(error)
+    (root / f"rank{rank}.json").write_text(json.dumps(seen | {"predicts": predicts}))
     torch.distributed.destroy_process_group()
 
 

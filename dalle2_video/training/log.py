@@ -67,6 +67,7 @@ class Wandb:
             entity=run.wandb_entity,
             name=f"{run.train_name}/{stage}",
             group=run.train_name,
+            tags=run.wandb_tags,
             id=id_file.read_text().strip(),
             resume="allow",
             mode=wandb_mode(run),

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from dalle2_video import keyed
 from dalle2_video.data.dataset import train_loader
+from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.training.agreement import check_folder, check_ranks, data_facts, from_yaml
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.environment import make_accelerator
@@ -104,6 +105,7 @@ class _Trainer:
         self.folder = Path(run.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.skipped_in_a_row = 0
         check_ranks(accelerator, self._facts())
         self.progress = saved_progress(self.folder)
         strategy, notes = strategy_of(accelerator), []
@@ -130,7 +132,7 @@ class _Trainer:
             if run.resolved is not None:  # not before: a refused resume leaves the run as it was
                 (self.folder / "config.yaml").write_text(run.resolved, encoding="utf-8")
             settings = {k: v for k, v in asdict(run).items() if k != "resolved"}
-            config = {"stage": stage.config, "train": asdict(cfg), "run": settings}
+            config = {"stage": stage.config, "train": asdict(cfg), "run": settings} | provenance()
             tracker = make_tracker(run, stage.name, config)
             self.log = RunLog(self.folder, stage.name, tracker, self.progress.clips)
             for note in notes:
@@ -176,14 +178,20 @@ class _Trainer:
                     self.checkpoints.export(self.progress)
                 self.accelerator.wait_for_everyone()
             except BaseException as error:
-                if signals.asked is None and not isinstance(error, Interrupted):
-                    self._mark(None)
+                if signals.asked is None and self._would_repeat(error):
+                    mark_ended(self.folder)  # whichever rank it is
                 self.log.close(failed=True)
                 raise
         self._mark(None)
         self._tell_peak()
         self.log.close()
         return TrainResult(self.progress, self.metrics, self.folder / "model.safetensors")
+
+    def _would_repeat(self, error: BaseException) -> bool:
+        """Whether the same command would meet this error again; not if another rank went away."""
+        if type(error) is RuntimeError or isinstance(error, dist.DistError):
+            return self.accelerator.num_processes == 1
+        return not isinstance(error, Interrupted)
 
     def _tell_peak(self) -> None:
         peaks = gather_object([peak_bytes(self.accelerator.device)])
@@ -209,24 +217,20 @@ class _Trainer:
         flight = Flight(STEPS_BEHIND if self.accelerator.device.type == "cuda" else 0)
         every_clips = self.cfg.log_every_clips, self.cfg.val_every_clips, self.cfg.save_every_clips
         window = Window()
-        skipped_in_a_row = 0
         begun = time.monotonic() - self.progress.seconds
         ended = asked = False
         while not (ended or asked):
             flight.send(*self._step(batches, window, signals, begun))
-            for values in flight.landed(everything=any(self.due(every) for every in every_clips)):
-                self.progress.seconds = values.pop("seconds")
-                asked = asked or values.pop("asked") > 0
-                applied = values.pop("applied") == 1.0
-                self.progress.skipped += not applied
-                skipped_in_a_row = 0 if applied else skipped_in_a_row + 1
-                self._check_finite(skipped_in_a_row, values)
-                window.add(values, self.cfg.batch_size)
+            due = any(self.due(every) for every in every_clips)
+            asked = self._read(flight, window, everything=due)
+            if asked:
+                self._read(flight, window, everything=True)
             ended = self.fraction() >= 1.0  # not by the time of a save: the end is validated
             self.log.progress(self.fraction())
             if self.due(self.cfg.log_every_clips):
                 line = window.close() | {"seconds": self.progress.seconds}
                 line["skipped"] = self.progress.skipped
+                line["memory_gigabytes"] = peak_bytes(self.accelerator.device) / 1e9
                 left = self.seconds_left(line["clips_per_second"])
                 self.log.train(self.progress.clips, line, self.fraction(), left)
                 window = Window()
@@ -239,6 +243,19 @@ class _Trainer:
         if asked and not ended:
             self._interrupted(signals)
 
+    def _read(self, flight: Flight, window: Window, everything: bool) -> bool:
+        """Take note of what has come from the device; whether a rank is asked to end."""
+        asked = False
+        for values in flight.landed(everything):
+            self.progress.seconds = values.pop("seconds")
+            asked = asked or values.pop("asked") > 0
+            applied = values.pop("applied") == 1.0
+            self.progress.skipped += not applied
+            self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+            self._check_finite(values)
+            window.add(values, self.cfg.batch_size)
+        return asked
+
     def _interrupted(self, signals: Signals) -> None:
         name = signals.asked.name if signals.asked else "a signal to another rank"
         self._mark(name)
@@ -248,15 +265,15 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
         raise Interrupted(EXIT_CODE)
 
-    def _check_finite(self, skipped_in_a_row: int, values: dict[str, float]) -> None:
+    def _check_finite(self, values: dict[str, float]) -> None:
         overflow = self.run.mixed_precision == "fp16" and math.isfinite(values["loss"])
-        if skipped_in_a_row < (MAX_OVERFLOWS_IN_A_ROW if overflow else MAX_SKIPPED_IN_A_ROW):
+        if self.skipped_in_a_row < (MAX_OVERFLOWS_IN_A_ROW if overflow else MAX_SKIPPED_IN_A_ROW):
             return
         good = self.checkpoints.newest()
         back = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise TrainingDiverged(
-            f"{self.stage.name}: not finite in {skipped_in_a_row} steps in a row, up to clip "
-            f"{self.progress.clips} (the last: loss {values['loss']}, gradient norm "
+            f"{self.stage.name}: not finite in {self.skipped_in_a_row} steps in a row, "
+            f"up to clip {self.progress.clips} (the last: loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}); {back}. Lower lr, or train with mixed_precision=bf16 or no"
         )
 

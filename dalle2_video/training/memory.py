@@ -92,28 +92,33 @@ def activations(stage: Stage, accelerator: Accelerator, seed: int) -> float:
     sizes: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            sizes[storage._cdata] = storage.nbytes(), tensor  # held, so that no id comes twice
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes(), tensor  # held, so that no id comes twice
         return tensor
 
-    def forward(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+    def forward(
+        module: nn.Module, weights: list[Tensor], inputs: tuple, named: dict[str, Any]
+    ) -> None:
         with (
             torch.enable_grad(),
             torch.autocast("cpu", torch.bfloat16, accelerator.mixed_precision != "no"),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             module.forward(*inputs, **named)
+        for weight in weights:  # views of them are kept too
+            sizes.pop(weight.untyped_storage()._cdata, None)
 
     def count(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                weights = [mode.from_tensor(p) for p in module.parameters()]
                 shapes = tree_map_only(Tensor, lambda x: torch.empty_like(x, device="cpu"), inputs)
                 more = tree_map_only(Tensor, lambda x: torch.empty_like(x, device="cpu"), named)
-                forward(module, shapes, more)
+                forward(module, weights, shapes, more)
         except DataDependentOutputException:  # the network looks at its input, as text towers do
             sizes.clear()
-            forward(module, *tree_map_only(Tensor, lambda x: x.cpu(), (inputs, named)))
+            real = tree_map_only(Tensor, lambda x: x.cpu(), (inputs, named))
+            forward(module, list(module.parameters()), *real)
         raise _Counted
 
     info = StepInfo(batch.counters, seed, device, accelerator)

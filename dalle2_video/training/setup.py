@@ -67,6 +67,7 @@ def run_config(cfg: DictConfig, stage: str) -> RunConfig:
         use_wandb=cfg.use_wandb,
         wandb_project=cfg.wandb_project,
         wandb_entity=cfg.wandb_entity,
+        wandb_tags=tuple(cfg.wandb_tags),
         wandb_mode=cfg.wandb_mode,
         section=stage if stage in cfg else f"unets.{stage}",
         force=cfg.force,

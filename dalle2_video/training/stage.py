@@ -155,6 +155,7 @@ class RunConfig:
     use_wandb: bool = False
     wandb_project: str = "dalle2-video"
     wandb_entity: str | None = None
+    wandb_tags: tuple[str, ...] = ()
     wandb_mode: Literal["online", "offline"] | None = None
     resolved: str | None = None
     section: str = ""

@@ -1,0 +1,36 @@
+"""Trains stages by the entry scripts, one after the other in one process of a launch.
+
+    accelerate launch ... -m tests.all_stages JOBS.json
+
+JOBS.json: [[stage, [override, ...]], ...]. One start of torch and DeepSpeed serves them all.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+import train_clip
+import train_decoder
+import train_prior
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"clip": train_clip, "prior": train_prior, "base": train_decoder}
+Job = tuple[str, list[str]]
+
+
+def run(jobs: list[Job]) -> None:
+    """Each job's stage, trained to its end."""
+    for stage, overrides in jobs:
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            cfg = compose("config", overrides)
+        SCRIPTS[stage].main(cfg)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(json.loads(Path(sys.argv[1]).read_text()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,114 @@
+"""Every stage by its entry script under every strategy: the losses and weights of one process.
+
+One launch of two processes per strategy trains all stages.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalle2_video.data.config import DataConfig
+from dalle2_video.data.preprocess import preprocess
+from dalle2_video.training.log import read_metrics
+from dalle2_video.training.stage import from_config
+from tests.all_stages import Job, run
+from tests.launching import launch_command, run_launch
+from tests.test_pipeline import JOINT, SMALL, composed
+
+STEPS, BATCH = 20, 8
+LENGTH = [
+    f"{key}.train.{setting}"
+    for key in ("clip", "prior", "unets.base")
+    for setting in (f"clips={STEPS * BATCH}", f"log_every_clips={BATCH}", "save_every_clips=80")
+]
+JOBS = {
+    "clip": ("clip", []),
+    "prior": ("prior", []),
+    "base": ("base", []),
+    "joint": ("base", JOINT),
+}
+
+
+def jobs(data: Path, root: Path, *more: str) -> list[Job]:
+    """All stages, each in a folder of its own."""
+    places = [f"data.root={data}", *more]
+    return [
+        (stage, [*SMALL, *LENGTH, *changes, *places, f"run_dir={root / name}"])
+        for name, (stage, changes) in JOBS.items()
+    ]
+
+
+def give_clip(root: Path, clip: Path) -> None:
+    """The same CLIP for the stages that need one, so that their losses can agree."""
+    for name in JOBS:
+        if name != "clip":
+            shutil.copytree(clip, root / name / "clip")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("strategies")
+    cfg = composed(*SMALL, f"data.root={folder}/data")
+    preprocess(from_config(DataConfig, cfg.data, "data"))
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def alone(data) -> Path:
+    """All stages, trained by this process."""
+    root = data.parent / "alone"
+    first, *others = jobs(data, root)
+    run([first])
+    give_clip(root, root / "clip/clip")
+    run(others)
+    return root
+
+
+def figures(root: Path, name: str) -> list[float]:
+    lines = read_metrics(root / name / JOBS[name][0] / "metrics.jsonl")
+    return [line[key] for line in lines for key in ("loss", "val/loss") if key in line]
+
+
+def launch_all(strategy: str, data: Path, alone: Path, root: Path, *more: str) -> str:
+    give_clip(root, alone / "clip/clip")
+    path = root / "jobs.json"
+    path.write_text(json.dumps(jobs(data, root, *more)))
+    command = [*launch_command(strategy), "-m", "tests.all_stages", str(path)]
+    return run_launch(command, timeout=900)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "zero3",
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3_offload")
+        ],
+    ],
+)
+def test_two_processes_train_every_stage_as_one_does(strategy, data, alone, tmp_path) -> None:
+    launch_all(strategy, data, alone, tmp_path)
+    for name, (stage, _) in JOBS.items():
+        expected, found = figures(alone, name), figures(tmp_path, name)
+        assert len(expected) >= STEPS
+        assert found == pytest.approx(expected, rel=1e-5), name
+        one = load_file(alone / name / stage / "model.safetensors")
+        two = load_file(tmp_path / name / stage / "model.safetensors")
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, atol=1e-3, rtol=0.02, msg=f"{name} {key}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_in_bf16_they_do_about_the_same(strategy, data, alone, tmp_path) -> None:
+    launch_all(strategy, data, alone, tmp_path, "mixed_precision=bf16")
+    for name in JOBS:
+        expected, found = figures(alone, name), figures(tmp_path, name)
+        assert found == pytest.approx(expected, rel=0.05), name
+        assert found != pytest.approx(expected, rel=1e-6), "it was really another precision"
