@@ -52,7 +52,7 @@ def ran(monkeypatch):
                 encode_mp4(folder / "clips" / f"{i:04d}.mp4", frames, 4.0)
 
     monkeypatch.setattr(demo.subprocess, "run", run)
-    monkeypatch.setattr(demo, "faster_precision", lambda: "no")
+    monkeypatch.setattr(demo, "faster_precision", lambda: ("no", 340.0))
     monkeypatch.setattr(demo, "provenance", lambda: dict.fromkeys(PLACE, "of the start"))
     return calls, fail
 
@@ -68,7 +68,7 @@ def test_stages_share_the_minutes_and_the_report_holds_every_figure(ran, tmp_pat
     ]  # fmt: skip
     assert all({"mixed_precision=no", "data.root=data/x", "seed=4"} <= set(c) for c in calls)
     minutes = [float(c[-2].split("=")[1]) for c in calls[1:4]]
-    assert sum(minutes) == pytest.approx(20 - 1.8 - 0.75, abs=0.05)
+    assert sum(minutes) == pytest.approx(20 - (0.2 + 1) - 3 * (0.1 + 50 / 340), abs=0.05)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["attribute_accuracy"] == 0.7 and report["commit"] == "of the start"
     assert report["base_clips"] == 1234 and report["clip_recall_at_1_video_to_text"] == 0.6
@@ -143,4 +143,5 @@ def test_grid_places_every_clip() -> None:
 
 
 def test_the_faster_precision_is_one_of_two() -> None:
-    assert demo.faster_precision() in ("no", "bf16")
+    precision, gigaflops = demo.faster_precision()
+    assert precision in ("no", "bf16") and 0.1 < gigaflops < 1e6

@@ -19,7 +19,9 @@ from dalle2_video.evaluation.page import write_page
 from dalle2_video.evaluation.provenance import provenance
 
 SHARES = {"clip": 0.15, "prior": 0.10, "base": 0.75}  # of the minutes that are left for training
-RESERVE = {"script": 0.25, "evaluation": 1.8}  # minutes: a script's start, sampling and judging
+# Minutes of a script's start, and of sampling and judging: a + b / (GFLOP/s of float32 products).
+# Measured on an EPYC without AVX-512 (150 GFLOP/s: 0.45 and 2.5) and a Xeon with it (350).
+RESERVE = {"script": (0.1, 50.0), "evaluation": (0.2, 340.0)}
 SAMPLES = 64
 
 
@@ -53,7 +55,8 @@ class Demo:
                     f"{self.folder} holds a demo of {self.state['minutes']:g} minutes: remove it, "
                     f"or choose another --run-dir for one of {self.minutes:g}"
                 )
-        self.state.setdefault("precision", faster_precision())
+        if "precision" not in self.state:
+            self.state["precision"], self.state["gigaflops"] = faster_precision()
 
     @property
     def elapsed(self) -> float:
@@ -65,7 +68,8 @@ class Demo:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.script("preprocess", "preprocess.py")
         if "budget" not in self.state:
-            left = self.minutes - self.elapsed - RESERVE["evaluation"] - 3 * RESERVE["script"]
+            script, evaluation = (a + b / self.state["gigaflops"] for a, b in RESERVE.values())
+            left = self.minutes - self.elapsed - evaluation - 3 * script
             if left <= 0:
                 raise SystemExit(f"{self.minutes:g} minutes leave nothing to train in; try 20")
             self.state["budget"] = {stage: left * share for stage, share in SHARES.items()}
@@ -180,22 +184,24 @@ class Demo:
         ]
 
 
-def faster_precision() -> str:
-    """ "bf16", or "no" on a CPU that has no arithmetic for it (there it is five times slower).
+def faster_precision() -> tuple[str, float]:
+    """ "bf16", or "no" on a CPU that has no arithmetic for it (there it is five times slower), and
+    the GFLOP/s of float32.
 
-    Told apart by the time of a matrix product in either type.
+    By the best time of a matrix product in either type.
     """
-    if torch.cuda.is_available():
-        return "bf16"
-    seconds = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, seconds = 512, {}
     for name, dtype in {"bf16": torch.bfloat16, "no": torch.float32}.items():
-        matrix = torch.randn(512, 512).to(dtype)
+        matrix = torch.randn(size, size, device=device).to(dtype)
         torch.mm(matrix, matrix)  # not the first call, which sets up
-        begun = time.perf_counter()
-        for _ in range(20):
-            torch.mm(matrix, matrix)
-        seconds[name] = time.perf_counter() - begun
-    return min(seconds, key=lambda name: seconds[name])
+        times = []
+        for _ in range(10):
+            begun = time.perf_counter()
+            torch.mm(matrix, matrix).flatten()[0].item()
+            times.append(time.perf_counter() - begun)
+        seconds[name] = min(times)
+    return min(seconds, key=lambda name: seconds[name]), 2e-9 * size**3 / seconds["no"]
 
 
 def print_table(rows: Sequence[Row]) -> None:
