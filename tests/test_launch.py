@@ -60,8 +60,9 @@ def answer(command: list[str], environment: dict[str, str]) -> str:
 def test_accelerate_config_by_hand_then_launch(tmp_path) -> None:
     """The README's other way: our DeepSpeed file named in the questionnaire, no --config_file."""
     home = {"HOME": str(tmp_path), "TERM": "xterm"}
-    built = str(Path.home() / ".cache/torch_extensions")  # DeepSpeed's, for a minute of compiling
-    home["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR", built)
+    built = Path.home() / ".cache/torch_extensions"  # DeepSpeed's: a minute of compiling
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/torch_extensions").symlink_to(built)
     environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("HF_HOME", "XDG_CACHE_HOME")}
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "config"]
     assert "configuration saved" in answer(command, environment | home)
