@@ -127,6 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    out = ROOT / "benchmarks/results/shards.json"
+    parser.add_argument("--out", type=Path, default=out, help="where the figures go")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.rank:
@@ -155,7 +157,7 @@ def main() -> None:
             train = compose("config", ["size=celebvtext"]).unets.base.train
         table = sum(fixed_parts(parameters, 0, strategy, 2, train).values())
         figures[f"{strategy}_over_the_table"] = max(totals) / table
-    write_json(ROOT / "benchmarks/results/shards.json", figures | provenance())
+    write_json(a.out, figures | provenance())
     print(json.dumps(figures, indent=1))
 
 

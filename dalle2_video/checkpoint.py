@@ -70,10 +70,10 @@ def save_model(
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
     meta: Mapping[str, str] | None = None,
-) -> str:
-    """Write one model file atomically and return its hash (`file_hash`).
+) -> None:
+    """Write one model file atomically.
 
-    The bytes depend on the arguments alone, so equal weights give equal hashes.
+    The bytes depend on the arguments alone, so equal weights give equal hashes (`file_hash`).
     """
     meta = dict(meta or {})
     for key, value in meta.items():
@@ -83,8 +83,14 @@ def save_model(
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"kind": kind, "config": dict(config), "meta": meta}
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    # A clone per name: tied parameters share memory, which the format refuses.
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        # tied parameters share memory, which the format refuses
+        tensors[name] = tensor.clone() if place in memory else tensor
+        memory.add(place)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={FORMAT: text})
@@ -93,7 +99,6 @@ def save_model(
     finally:
         temporary.unlink(missing_ok=True)
     sync_path(path.parent)
-    return file_hash(path)
 
 
 def read_header(path: str | os.PathLike[str], kind: str | None = None) -> Header:

@@ -30,9 +30,7 @@ LAYOUTS = {
 
 def launch(strategy: str, folder: Path, precision: str = "no") -> None:
     """Two ranks of tiny_stage.py under configs/accelerate/<strategy>.yaml, without CUDA."""
-    # small enough to split the tiny net's layers
-    more = ["--fsdp_min_num_params", "64"] if strategy == "fsdp2" else []
-    command = [*launch_command(strategy, *more), "-m", "tests.tiny_stage", str(folder), precision]
+    command = [*launch_command(strategy), "-m", "tests.tiny_stage", str(folder), precision]
     run_launch(command)
 
 

@@ -5,6 +5,7 @@ One launch of two processes per strategy trains all stages.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 
 from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess import preprocess
+from dalle2_video.models.unet3d import Unet3D, UnetConfig
 from dalle2_video.training.log import read_metrics
+from dalle2_video.training.loop import stacked_layers
 from dalle2_video.training.stage import from_config
 from tests.all_stages import Job, run
 from tests.launching import launch_command, run_launch
@@ -114,3 +117,28 @@ def test_in_bf16_they_do_about_the_same(strategy, data, alone, tmp_path) -> None
         expected, found = figures(alone, name), figures(tmp_path, name)
         assert found == pytest.approx(expected, rel=0.05), name
         assert found != pytest.approx(expected, rel=1e-6), "it was really another precision"
+
+
+@pytest.mark.slow
+def test_small_is_really_split(tmp_path) -> None:
+    """Weights, gradients, optimizer and EMA of each process: the total over the processes."""
+    out = tmp_path / "shards.json"
+    run_launch([sys.executable, "-m", "benchmarks.shards", "--out", str(out)], timeout=600)
+    found = json.loads(out.read_text())
+    for strategy in ("zero3", "fsdp2"):
+        assert found[f"{strategy}_over_even_share"] < 1.1
+        assert 0.45 < found[f"{strategy}_of_one_process"] < 0.55
+        assert found[f"{strategy}_over_the_table"] == pytest.approx(1, abs=0.1)
+
+
+def test_fsdp2_gathers_the_layers_of_a_network_one_by_one() -> None:
+    with torch.device("meta"):
+        unet = Unet3D(UnetConfig(dim=64, mults=(1, 2)), 8, 8)
+    assert stacked_layers(unet) == ["Block", "Downsample", "Upsample"]
+    inside = sum(
+        p.numel()
+        for part in unet.modules()
+        if type(part).__name__ in stacked_layers(unet)
+        for p in part.parameters()
+    )
+    assert inside > 0.8 * sum(p.numel() for p in unet.parameters())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -47,6 +48,8 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
         "gradient_clipping": cfg.grad_clip or 0.0,
     }
     _check_launch_file(sizes)
+    # it warns of in-place operations on what a layer returns, of which there are none here
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     if cfg.optimizer == "muon" and splits_weights():
         raise ConfigError(
             "optimizer=muon needs whole matrices, and DeepSpeed and FSDP split them: "

@@ -115,6 +115,7 @@ class _Trainer:
         optimizer = make_optimizer(stage.model, cfg)
         _same_start(stage.model, accelerator)
         stage.model.train()
+        stage.model._no_split_modules = stacked_layers(stage.model)  # pyright: ignore
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.shards = shards_of(accelerator, self.model)
         halflife = cfg.ema_halflife_clips
@@ -363,6 +364,17 @@ class _Trainer:
             self.log.validation(self.progress.clips, self.metrics)
         if samples:
             self.log.samples(self.progress.clips, samples)
+
+
+def stacked_layers(model: nn.Module) -> list[str]:
+    """Names of the classes that stand in lists of layers: what FSDP2 gathers one at a time.
+
+    Accelerate (1.15) reads them from `_no_split_modules`; by size it would take the lists too,
+    which cannot be gathered.
+    """
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    layers = [layer for part in lists for layer in part if not isinstance(layer, nn.ModuleList)]
+    return sorted({type(layer).__name__ for layer in layers})
 
 
 def _same_start(model: nn.Module, accelerator: Accelerator) -> None:

@@ -19,6 +19,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,12 +103,13 @@ class Checkpoints:
                 temporary.mkdir(parents=True)
         with self._alike_on_all_ranks(temporary):
             self._write(temporary, progress)
-        sums = self._checksums(temporary)
         with self._alike_on_all_ranks(temporary):
+            sums = self._checksums(temporary, flush=True)
             if main:
                 _write_json(temporary / CHECKSUMS, sums)
-                for path in [*temporary.rglob("*"), temporary]:
-                    sync_path(path)
+                sync_path(temporary / CHECKSUMS)
+                for folder in [*temporary.rglob("*/"), temporary]:
+                    sync_path(folder)
                 if final.exists():
                     shutil.rmtree(final)
                 os.replace(temporary, final)
@@ -128,12 +130,21 @@ class Checkpoints:
         _write_json(folder / "stage.json", self.identity | {"layout": self.layout})
         _write_json(folder / "progress.json", asdict(progress))
 
-    def _checksums(self, folder: Path) -> dict[str, str]:
-        """{relative path: checksum} of every file; each rank reads its share."""
+    def _checksums(self, folder: Path, flush: bool = False) -> dict[str, str]:
+        """{relative path: checksum} of every file, flushed to the disk if wanted; each rank reads
+        its share, some files at a time.
+        """
         paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        own = {str(p.relative_to(folder)): checksum(p) for p in paths[rank::world]}
-        return {name: value for part in gather_object([own]) for name, value in part.items()}
+        own = paths[self.accelerator.process_index :: self.accelerator.num_processes]
+
+        def read(path: Path) -> tuple[str, str]:
+            if flush:
+                sync_path(path)
+            return str(path.relative_to(folder)), checksum(path)
+
+        with ThreadPoolExecutor(4) as pool:  # neither holds the interpreter's lock
+            sums = list(pool.map(read, own))
+        return dict(gather_object(sums))
 
     @contextmanager
     def _alike_on_all_ranks(self, folder: Path) -> Iterator[None]:
