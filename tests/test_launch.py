@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dalle2_video.training import environment
 from dalle2_video.training.environment import make_accelerator
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.stage import ConfigError, RunConfig
@@ -112,6 +114,16 @@ def test_a_launch_file_that_says_other_sizes_is_an_error(tmp_path, monkeypatch) 
         path.write_text(json.dumps({name: value, "gradient_accumulation_steps": "auto"}))
         with pytest.raises(ConfigError, match=rf"deepspeed.json says {name}: {value}, the train"):
             make_accelerator(cfg, run)
+
+
+def test_fp16_under_deepspeed_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        environment, "process_state", lambda minutes: SimpleNamespace(num_processes=1)
+    )
+    with pytest.raises(ConfigError, match="fp16 is for one process, DDP and FSDP2"):
+        make_accelerator(tiny_config(), RunConfig(str(tmp_path), mixed_precision="fp16"))
 
 
 def test_every_deepspeed_file_leaves_the_sizes_to_us() -> None:

@@ -86,6 +86,18 @@ def test_a_signal_makes_the_run_save_and_end(number, undisturbed, tmp_path) -> N
     assert not (tmp_path / FILE).exists()
 
 
+def test_a_signal_to_all_processes_spares_the_loaders(undisturbed, tmp_path) -> None:
+    """As `scancel` and systemd do: the workers of the loader get it as well."""
+    command = [sys.executable, *tiny_run(tmp_path, 0.02, save_every_clips=400, workers=2)]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
+    wait_for_clips(tmp_path, 80, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == EXIT_CODE
+    assert json.loads((tmp_path / FILE).read_text())["reason"] == "SIGTERM"
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    assert losses(tmp_path) == undisturbed
+
+
 def test_a_signal_to_the_launcher_ends_all_ranks(undisturbed, tmp_path) -> None:
     command = [*launch_command("ddp"), *tiny_run(tmp_path, 0.02, save_every_clips=400)]
     process = subprocess.Popen(

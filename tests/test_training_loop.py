@@ -39,7 +39,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The consolidated weights and, from the newest checkpoint, the raw ones."""
     from safetensors.torch import load_file
 
-    newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
+    newest = whole_checkpoints(folder / "checkpoints")[-1]
     raw = load_file(newest / "model.safetensors")
     return load_model(folder / "model.safetensors", "tiny").state | {
         f"raw.{n}": t for n, t in raw.items()
@@ -275,11 +275,14 @@ def test_checkpoint_of_another_optimizer_is_refused_and_leaves_the_config(tmp_pa
 def damage(path: Path) -> None:
     """One bit, the length as before."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2] ^= 128
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors", "ema.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.bin", "model.safetensors", "ema.safetensors", "progress.json", "checksums.json"],
+)
 def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, name, capsys):
     train(tiny_stage(), tiny_config(), RunConfig(str(tmp_path / "a")))
     train(tiny_stage(), tiny_config(), RunConfig(str(tmp_path / "b")))
@@ -291,6 +294,38 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, name, capsys):
     assert f"[tiny] goes on from 000000000016; {tmp_path}/b/checkpoints" in told.out
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
     assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
+    assert (tmp_path / "b/checkpoints/000000000032.damaged").exists()
+
+
+def test_settings_are_those_of_now(tmp_path):
+    """Not of the checkpoint, whose optimizer may have been of an older version."""
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append([(group["fused"], group["betas"]) for group in self.param_groups])
+            return super().step(closure)
+
+    def older(model, cfg):
+        return torch.optim.AdamW(param_groups(model, 0.1), lr=cfg.lr, betas=(0.8, 0.9), fused=None)
+
+    def newer(model, cfg):
+        return Spy(param_groups(model, 0.1), lr=cfg.lr, betas=cfg.betas, fused=True)
+
+    class Skipping(torch.optim.AdamW):
+        found_inf = property(lambda self: None, lambda self, value: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_optimizer", lambda *a: _of_class(older(*a), Skipping))
+        train(tiny_stage(), tiny_config(clips=16), RunConfig(str(tmp_path)))
+        patch.setattr(loop, "make_optimizer", newer)
+        train(tiny_stage(), tiny_config(), RunConfig(str(tmp_path)))
+    assert seen == [[(True, (0.9, 0.99))] * 2] * 2
+
+
+def _of_class(optimizer, kind):
+    optimizer.__class__ = kind  # one that takes no found_inf, as before
+    return optimizer
 
 
 def test_where_all_checkpoints_are_damaged_it_says_so(tmp_path):

@@ -11,6 +11,7 @@ Letters: B clips, F frames, H W pixels, U unique caption lines, L lines per clip
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
@@ -307,4 +308,11 @@ def _loader(batches: _Batches, counters: Sampler, workers: int) -> DataLoader:
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """A scheduler may signal every process of a job: a worker ends with its parent, not before."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

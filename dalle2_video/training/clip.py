@@ -40,6 +40,7 @@ from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConf
 from dalle2_video.models.video_clip import ClipOutput, VideoCLIP, VideoCLIPConfig
 from dalle2_video.models.vivit import VideoTowerConfig
 from dalle2_video.training.environment import process_state
+from dalle2_video.training.preemption import mark_ended, mark_unfinished
 from dalle2_video.training.stage import ConfigError, Loss, Stage, StepInfo, TrainConfig
 
 EVAL_BATCH = 64
@@ -280,6 +281,8 @@ def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
             return path
         except EmbeddingError as error:
             print(f"embeddings are computed again: {error}", flush=True)
+    if state.is_main_process:  # a scheduler should go on here, too
+        mark_unfinished(folder, int(loaded.meta.get("clips_seen", 0)), "embedding")
     clip.to(device)
     video = clip.config.video
 
@@ -296,5 +299,6 @@ def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
         embeddings = torch.cat([over_split(embed, dataset, bar) for dataset in sets])
     if state.is_main_process:
         write_embeddings(path, keys, embeddings, loaded.hash)
+        mark_ended(folder)
     state.wait_for_everyone()
     return path

@@ -47,6 +47,11 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
         "train_batch_size": cfg.batch_size,
         "gradient_clipping": cfg.grad_clip or 0.0,
     }
+    if deepspeed and run.mixed_precision == "fp16":
+        raise ConfigError(
+            "mixed_precision=fp16 is for one process, DDP and FSDP2: DeepSpeed's autocast does not "
+            "unscale the gradients before it clips them; take bf16"
+        )
     _check_launch_file(sizes)
     # it warns of in-place operations on what a layer returns, of which there are none here
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dalle2_video import keyed
+from dalle2_video.data.atomic import whole
 from dalle2_video.data.dataset import train_loader
 from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.training.agreement import check_folder, check_ranks, data_facts, from_yaml
@@ -110,7 +111,7 @@ class _Trainer:
         self.progress = saved_progress(self.folder)
         strategy, notes = strategy_of(accelerator), []
         if accelerator.is_main_process and self.fraction() < 1.0:
-            memory = estimate(stage, cfg, accelerator, strategy, micro, run.seed)
+            memory = estimate(stage, cfg, run, accelerator, strategy, micro)
             notes = [*memory.lines(), *advice(memory, strategy, micro)]
         optimizer = make_optimizer(stage.model, cfg)
         _same_start(stage.model, accelerator)
@@ -124,16 +125,20 @@ class _Trainer:
             self.folder, accelerator, self.shards, self.ema, stage, cfg, run.seed
         )
         check_folder(run)
+        settings = [without(group, "params", "lr") for group in self.optimizer.param_groups]
         restored = self.checkpoints.restore()
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # loading a state brings the settings of its time
         self.progress = restored[0] if restored else Progress()
         notes += restored[1:] if restored else []
         self.metrics = last_validation(self.folder / "metrics.jsonl", self.progress.clips)
         self.log: Log = NullLog()
         if accelerator.is_main_process:
             if run.resolved is not None:  # not before: a refused resume leaves the run as it was
-                (self.folder / "config.yaml").write_text(run.resolved, encoding="utf-8")
-            settings = {k: v for k, v in asdict(run).items() if k != "resolved"}
-            config = {"stage": stage.config, "train": asdict(cfg), "run": settings} | provenance()
+                with whole(self.folder / "config.yaml") as partial:
+                    partial.write_text(run.resolved, encoding="utf-8")
+            told = without(asdict(run), "resolved")
+            config = {"stage": stage.config, "train": asdict(cfg), "run": told} | provenance()
             tracker = make_tracker(run, stage.name, config)
             self.log = RunLog(self.folder, stage.name, tracker, self.progress.clips)
             for note in notes:
@@ -174,6 +179,7 @@ class _Trainer:
             try:
                 if self.fraction() < 1.0:
                     self._mark("running")
+                    self.accelerator.wait_for_everyone()
                     self._steps(signals)
                 elif self.checkpoints.exported_clips() != self.progress.clips:
                     self.checkpoints.export(self.progress)
@@ -189,10 +195,13 @@ class _Trainer:
         return TrainResult(self.progress, self.metrics, self.folder / "model.safetensors")
 
     def _would_repeat(self, error: BaseException) -> bool:
-        """Whether the same command would meet this error again; not if another rank went away."""
+        """Whether the same command would meet this error again: not if another rank, a device or a
+        disk went away, or the user stopped it.
+        """
         if type(error) is RuntimeError or isinstance(error, dist.DistError):
             return self.accelerator.num_processes == 1
-        return not isinstance(error, Interrupted)
+        passing = Interrupted, KeyboardInterrupt, OSError, torch.AcceleratorError
+        return not isinstance(error, passing)
 
     def _tell_peak(self) -> None:
         peaks = gather_object([peak_bytes(self.accelerator.device)])
@@ -224,9 +233,9 @@ class _Trainer:
             flight.send(*self._step(batches, window, signals, begun))
             due = any(self.due(every) for every in every_clips)
             asked = self._read(flight, window, everything=due)
-            if asked:
-                self._read(flight, window, everything=True)
             ended = self.fraction() >= 1.0  # not by the time of a save: the end is validated
+            if asked or ended:
+                self._read(flight, window, everything=True)
             self.log.progress(self.fraction())
             if self.due(self.cfg.log_every_clips):
                 line = window.close() | {"seconds": self.progress.seconds}
@@ -240,6 +249,8 @@ class _Trainer:
                     self._validate()
                 if asked or self.due(self.cfg.save_every_clips):
                     self.progress.seconds = self._agreed(time.monotonic() - begun)
+                    if not ended and self.cfg.minutes is not None:  # the end is still to come
+                        self.progress.seconds = min(self.progress.seconds, 59.9 * self.cfg.minutes)
                     self.checkpoints.save(self.progress)
         if asked and not ended:
             self._interrupted(signals)
@@ -364,6 +375,11 @@ class _Trainer:
             self.log.validation(self.progress.clips, self.metrics)
         if samples:
             self.log.samples(self.progress.clips, samples)
+
+
+def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A copy without these keys."""
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def stacked_layers(model: nn.Module) -> list[str]:

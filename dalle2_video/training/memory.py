@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from dalle2_video.training.stage import Stage, StepInfo, TrainConfig
+from dalle2_video.training.stage import RunConfig, Stage, StepInfo, TrainConfig
 from dalle2_video.training.validation import no_trace
 
 FLOAT = 4  # bytes; weights, moments and averages are float32 everywhere
@@ -41,13 +41,19 @@ class Memory:
 
 
 def estimate(
-    stage: Stage, cfg: TrainConfig, accelerator: Accelerator, strategy: str, micro: int, seed: int
+    stage: Stage,
+    cfg: TrainConfig,
+    run: RunConfig,
+    accelerator: Accelerator,
+    strategy: str,
+    micro: int,
 ) -> Memory:
     """Of one rank under `strategy` (`state.strategy_of`), before the model is prepared."""
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in stage.model.parameters() if not p.requires_grad)
     parts = fixed_parts(trained, frozen, strategy, accelerator.num_processes, cfg)
-    parts[ACTIVATIONS] = activations(stage, accelerator, seed) * micro / CLIPS
+    low = run.mixed_precision != "no"
+    parts[ACTIVATIONS] = activations(stage, accelerator, run.seed, low) * micro / CLIPS
     return Memory(parts, device_bytes(accelerator.device))
 
 
@@ -81,8 +87,11 @@ class _Counted(Exception):  # noqa: N818
     """The network was called, and what it keeps is known: the rest of the objective can wait."""
 
 
-def activations(stage: Stage, accelerator: Accelerator, seed: int) -> float:
-    """Bytes that the network keeps for the backward pass of CLIPS clips.
+def activations(
+    stage: Stage, accelerator: Accelerator, seed: int, low_precision: bool = False
+) -> float:
+    """Bytes that the network keeps for the backward pass of CLIPS clips; in low precision under
+    autocast to bf16.
 
     Counted on tensors without data where the network allows it, so neither memory nor time of a
     real pass is needed. Under activation checkpointing the one block that runs again comes on top.
@@ -101,7 +110,7 @@ def activations(stage: Stage, accelerator: Accelerator, seed: int) -> float:
     ) -> None:
         with (
             torch.enable_grad(),
-            torch.autocast("cpu", torch.bfloat16, accelerator.mixed_precision != "no"),
+            torch.autocast("cpu", torch.bfloat16, low_precision),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         ):
             module.forward(*inputs, **named)

@@ -44,6 +44,11 @@ class Shards(ABC):
     def write(self, shards: dict[str, Tensor]) -> None:
         """Copy shards into the weights that the next forward pass uses. Collective."""
 
+    def write_masters(self, shards: dict[str, Tensor]) -> None:  # noqa: B027
+        """Copy shards into the optimizer's float32 weights too, where it has its own: from them it
+        makes the weights anew at each step.
+        """
+
     def settle(self) -> None:  # noqa: B027 (most layouts have nothing to do)
         """Put the weights back into their resting layout after a forward pass without backward."""
 
@@ -71,7 +76,9 @@ class Shards(ABC):
         """
         if lost := [name for name in self.trainable if name not in state]:
             raise KeyError(f"no weights for {', '.join(lost[:4])}")
-        self.write({n: self.scatter(n, state[n]) for n in self.params if n in state})
+        shards = {n: self.scatter(n, state[n]) for n in self.params if n in state}
+        self.write(shards)
+        self.write_masters({n: shards[n] for n in self.trainable})
         with torch.no_grad():
             for name, value in self._entries():
                 if name in state and name not in self.params:
@@ -104,6 +111,11 @@ class WholeShards(Shards):
 
 class DTensorShards(Shards):
     """FSDP2: the shard is the DTensor's local tensor."""
+
+    def write_masters(self, shards: dict[str, Tensor]) -> None:
+        """Copy shards into the optimizer's float32 weights too, where it has its own: from them it
+        makes the weights anew at each step.
+        """
 
     def settle(self) -> None:
         for part in self.module.modules():
@@ -170,6 +182,10 @@ class Zero12Shards(Shards):
             for name, shard in shards.items():
                 self.params[name].copy_(self.gather(name, shard))
 
+    def write_masters(self, shards: dict[str, Tensor]) -> None:
+        for name, shard in shards.items():
+            self._piece(name)[0].copy_(shard)
+
 
 class Zero3Shards(Shards):
     """DeepSpeed ZeRO 3: the shard is this rank's flat partition, padded to equal lengths."""
@@ -191,7 +207,8 @@ class Zero3Shards(Shards):
 
     def gather(self, name: str, shard: Tensor) -> Tensor:
         parameter = self._parameter(name)
-        device = self.optimizer.device if dist.get_backend() == "nccl" else shard.device
+        # an offloaded shard is on the CPU, where NCCL has no collectives
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpus() else shard.device
         shard = shard.to(device).contiguous()
         group = parameter.ds_process_group
         flat = shard.new_empty(shard.numel() * dist.get_world_size(group))
@@ -217,6 +234,17 @@ class Zero3Shards(Shards):
                 self._parameter(name).ds_tensor.copy_(shard)
             if resting:
                 resting[0].all_gather(resting)
+
+    def write_masters(self, shards: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        for name, shard in shards.items():
+            safe_set_local_fp32_param(self._parameter(name), shard)
+
+
+def on_gpus() -> bool:
+    """Whether the collectives of the default group are NCCL's."""
+    return dist.get_backend() == "nccl"
 
 
 def shards_of(accelerator: Accelerator, model: nn.Module) -> Shards:

@@ -91,7 +91,8 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Write model.safetensors and the checkpoint of this moment, then drop the oldest ones.
 
-        Raises CheckpointError on every rank where one cannot write; what was there stays.
+        Raises CheckpointError where a rank cannot write, on every rank (under ZeRO and FSDP2 the
+        others may only end by the launcher or the time-out); the checkpoints that were there stay.
         """
         final = self.root / f"{progress.clips:012d}"
         temporary = self.root / f".{final.name}.tmp"
@@ -104,18 +105,20 @@ class Checkpoints:
         with self._alike_on_all_ranks(temporary):
             self._write(temporary, progress)
         with self._alike_on_all_ranks(temporary):
-            sums = self._checksums(temporary, flush=True)
+            own = self._own_checksums(temporary, flush=True)
+        sums = dict(gather_object(own))
+        with self._alike_on_all_ranks(temporary):
             if main:
                 _write_json(temporary / CHECKSUMS, sums)
                 sync_path(temporary / CHECKSUMS)
                 for folder in [*temporary.rglob("*/"), temporary]:
                     sync_path(folder)
                 if final.exists():
-                    shutil.rmtree(final)
+                    _remove(final)
                 os.replace(temporary, final)
                 sync_path(self.root)
                 for old in superseded(whole_checkpoints(self.root), self.cfg):
-                    shutil.rmtree(old)
+                    _remove(old)
 
     def _write(self, folder: Path, progress: Progress) -> None:
         options = {"exclude_frozen_parameters": True} if self._partial_deepspeed else {}
@@ -130,9 +133,9 @@ class Checkpoints:
         _write_json(folder / "stage.json", self.identity | {"layout": self.layout})
         _write_json(folder / "progress.json", asdict(progress))
 
-    def _checksums(self, folder: Path, flush: bool = False) -> dict[str, str]:
-        """{relative path: checksum} of every file, flushed to the disk if wanted; each rank reads
-        its share, some files at a time.
+    def _own_checksums(self, folder: Path, flush: bool) -> list[tuple[str, str]]:
+        """(relative path, checksum) of this rank's share of the files, flushed to the disk if
+        wanted, some files at a time.
         """
         paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
         own = paths[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -143,8 +146,7 @@ class Checkpoints:
             return str(path.relative_to(folder)), checksum(path)
 
         with ThreadPoolExecutor(4) as pool:  # neither holds the interpreter's lock
-            sums = list(pool.map(read, own))
-        return dict(gather_object(sums))
+            return list(pool.map(read, own))
 
     @contextmanager
     def _alike_on_all_ranks(self, folder: Path) -> Iterator[None]:
@@ -203,16 +205,24 @@ class Checkpoints:
         if self.accelerator.is_main_process and self.root.exists():
             for rest in self.root.glob(".*.tmp"):
                 shutil.rmtree(rest)
+            for rest in self.folder.glob(f".{WEIGHTS}.*.tmp"):
+                rest.unlink()
         self.accelerator.wait_for_everyone()
         found = whole_checkpoints(self.root)
-        damage = []
+        damage: list[str] = []
+        aside: list[Path] = []
         while found:
             folder = found.pop()
             if wrong := self._damaged(folder):
                 damage.append(f"{folder}: damaged ({', '.join(wrong)})")
                 self.accelerator.print(f"{damage[-1]}; not used", file=sys.stderr, flush=True)
+                aside.append(folder)
                 continue
             told = self._restore(folder)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                for path in aside:  # or it would count among the newest that stay
+                    os.replace(path, path.with_name(f"{path.name}.damaged"))
             return _read_progress(folder), "; ".join([told, *damage])
         if damage:
             raise CheckpointError(
@@ -222,12 +232,21 @@ class Checkpoints:
         return None
 
     def _damaged(self, folder: Path) -> list[str]:
-        """The files that are missing or not as they were written; alike on all ranks."""
+        """The files that are missing, unreadable or not as written; alike on all ranks."""
         path = folder / CHECKSUMS
         if not path.exists():  # of a version that wrote none
             return []
-        written, now = json.loads(path.read_text()), self._checksums(folder)
-        return sorted(name for name, value in written.items() if now.get(name) != value)
+        try:
+            own = self._own_checksums(folder, flush=False)
+        except OSError as error:
+            own = [(str(error), "unreadable")]
+        now = dict(gather_object(own))
+        try:
+            written = json.loads(path.read_text())
+        except ValueError:
+            return [CHECKSUMS]
+        unreadable = [name for name, value in now.items() if value == "unreadable"]
+        return sorted([n for n, value in written.items() if now.get(n) != value] + unreadable)
 
     def _restore(self, folder: Path) -> str:
         """Load one checkpoint -> a sentence for the log."""
@@ -332,11 +351,21 @@ class Checkpoints:
 def saved_progress(folder: Path) -> Progress:
     """How far the newest checkpoint of a stage's folder is, without loading it."""
     found = whole_checkpoints(folder / "checkpoints")
-    return _read_progress(found[-1]) if found else Progress()
+    try:
+        return _read_progress(found[-1]) if found else Progress()
+    except ValueError:  # damaged, which restoring will tell
+        return Progress()
 
 
 def _read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under a hidden name first, so that none is seen half removed."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
 
 
 def strategy_of(accelerator: Accelerator) -> str:
