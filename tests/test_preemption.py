@@ -14,7 +14,7 @@ import pytest
 
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
-from dalle2_video.training.preemption import EXIT_CODE, FILE, Signals
+from dalle2_video.training.preemption import EXIT_CODE, FILE, SIGNALS, Signals
 from dalle2_video.training.stage import RunConfig
 from dalle2_video.training.state import whole_checkpoints
 from tests.launching import ENVIRONMENT, ROOT, launch_command, run_launch
@@ -65,7 +65,9 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
     return losses(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[::2])]
+)
 def test_a_signal_makes_the_run_save_and_end(number, undisturbed, tmp_path) -> None:
     command = [sys.executable, *tiny_run(tmp_path, 0.02, save_every_clips=400)]
     process = subprocess.Popen(
@@ -163,6 +165,7 @@ def test_a_file_that_one_rank_misses_ends_the_run(tmp_path) -> None:
     assert not (tmp_path / FILE).exists(), "the same command would fail again"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_in_the_configured_time(tmp_path) -> None:
     command = [*launch_command("ddp"), *tiny_run(tmp_path, 0.0, fault="hang", timeout_minutes=0.1)]
     environment = ENVIRONMENT | {"PET_SHUTDOWN_TIMEOUT": "2"}

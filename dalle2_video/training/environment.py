@@ -7,6 +7,7 @@ instead. And its DeepSpeed plugin imports transformers, for a hook that only its
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import warnings
@@ -15,6 +16,7 @@ from datetime import timedelta
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
@@ -130,12 +132,20 @@ def process_state(timeout_minutes: float = 30.0) -> PartialState:
         # Accelerate looks for FSDP only in this state, which an earlier run of the process, or
         # a start on the CPU, left otherwise. The device stays what it is.
         state.distributed_type = DistributedType.MULTI_GPU
+    if launched > 1:
+        atexit.register(_leave)
     if state.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but this one sees {state.num_processes}: each "
             "would train alone and write the same files; check the accelerate config"
         )
     return state
+
+
+def _leave() -> None:
+    """Gloo's threads may abort a process that ends without this."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _launched_with(name: str) -> bool:
