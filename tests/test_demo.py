@@ -122,8 +122,8 @@ def test_the_real_scripts_end_to_end(tmp_path) -> None:
 
 
 def test_no_time_to_train_is_said(ran, tmp_path) -> None:
-    with pytest.raises(SystemExit, match="2 minutes leave nothing"):
-        Demo(2, str(tmp_path), "data/x").run()
+    with pytest.raises(SystemExit, match=r"1\.5 minutes leave nothing"):
+        Demo(1.5, str(tmp_path), "data/x").run()
 
 
 def test_last_validation_is_the_newest(tmp_path) -> None:

@@ -133,6 +133,7 @@ def begin_again(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+@pytest.mark.slow
 def test_zero3_in_bf16_keeps_float32_weights(single, tmp_path):
     """DeepSpeed's own autocast: other digits than float32, about the same losses."""
     launch("zero3", tmp_path, "bf16")
@@ -143,3 +144,19 @@ def test_zero3_in_bf16_keeps_float32_weights(single, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     rounded = [torch.equal(t, t.to(torch.bfloat16).float()) for t in state.values()]
     assert not all(rounded)  # masters in float32, not bf16 weights written out
+
+
+@pytest.mark.slow
+def test_fsdp2_goes_on_over_more_ranks_with_its_moments(tmp_path) -> None:
+    """As docs/training.md's table has it: two processes, then four, then two."""
+    lengths = [(2, 160), (4, 320), (2, 480)]
+    for processes, clips in lengths:
+        command = launch_command("fsdp2", processes=processes)
+        command += ["-m", "tests.tiny_run", str(tmp_path / "run"), "0", f"clips={clips}"]
+        said = run_launch([*command, "lr_schedule=constant", "log_every_clips=8"])
+    assert "of fsdp2 on 4 processes under fsdp2 on 2 processes" in said
+    assert "weights and EMA are carried over, and the optimizer's moments" in said
+    cfg = tiny_config(clips=480, lr_schedule="constant", log_every_clips=8)
+    train(tiny_stage(), cfg, RunConfig(str(tmp_path / "single"), seed=3))
+    single = losses(tmp_path / "single", "loss")
+    assert losses(tmp_path / "run", "loss") == pytest.approx(single, abs=1e-5)

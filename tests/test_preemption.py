@@ -65,9 +65,8 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
     return losses(folder)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGUSR1, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[::2])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_makes_the_run_save_and_end(number, undisturbed, tmp_path) -> None:
     command = [sys.executable, *tiny_run(tmp_path, 0.02, save_every_clips=400)]
     process = subprocess.Popen(

@@ -35,6 +35,8 @@ JOBS = {
     "base": ("base", []),
     "joint": ("base", JOINT),
 }
+ALL = list(JOBS)
+JOBS["short"] = ("base", ["unets.base.train.clips=48", "unets.base.train.save_every_clips=48"])
 
 
 def jobs(data: Path, root: Path, *more: str) -> dict[str, Job]:
@@ -79,7 +81,8 @@ def launch_jobs(names: Sequence[str], strategy: str, data: Path, alone, root: Pa
     losses can agree.
     """
     given = jobs(data, root, *more)
-    given["base"][1].append("unets.base.activation_checkpointing=true")  # the losses stay
+    for name in ("base", "short"):
+        given[name][1].append("unets.base.activation_checkpointing=true")  # the losses stay
     for name in names:
         if name != "clip":
             shutil.copytree(alone("clip") / "clip", root / name / "clip")
@@ -93,7 +96,7 @@ def assert_alike(names: Sequence[str], alone, root: Path) -> None:
     for name in names:
         stage = JOBS[name][0]
         expected, found = figures(alone(name), name), figures(root / name, name)
-        assert len(expected) >= STEPS
+        assert len(expected) >= (6 if name == "short" else STEPS)
         # steps of images alone leave temporal layers gradients of rounding errors, which AdamW
         # blows up to whole updates
         assert found == pytest.approx(expected, rel=3e-4 if name == "joint" else 1e-5), name
@@ -106,22 +109,22 @@ def assert_alike(names: Sequence[str], alone, root: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_two_processes_train_the_decoder_as_one_does(strategy, data, alone, tmp_path) -> None:
-    launch_jobs(["base"], strategy, data, alone, tmp_path)
-    assert_alike(["base"], alone, tmp_path)
+    launch_jobs(["short"], strategy, data, alone, tmp_path)
+    assert_alike(["short"], alone, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_two_processes_train_every_stage_as_one_does(strategy, data, alone, tmp_path) -> None:
-    launch_jobs(list(JOBS), strategy, data, alone, tmp_path)
-    assert_alike(list(JOBS), alone, tmp_path)
+    launch_jobs(ALL, strategy, data, alone, tmp_path)
+    assert_alike(ALL, alone, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_in_bf16_they_do_about_the_same(strategy, data, alone, tmp_path) -> None:
-    launch_jobs(list(JOBS), strategy, data, alone, tmp_path, "mixed_precision=bf16")
-    for name in JOBS:
+    launch_jobs(ALL, strategy, data, alone, tmp_path, "mixed_precision=bf16")
+    for name in ALL:
         expected, found = figures(alone(name), name), figures(tmp_path / name, name)
         assert found == pytest.approx(expected, rel=0.05), name
         assert found != pytest.approx(expected, rel=1e-6), "it was really another precision"

@@ -38,7 +38,8 @@ def main() -> None:
             time.sleep(600)
         return objective(model, batch, step)
 
-    cfg = tiny_config(**{"clips": 800} | {name: int(value) for name, value in values.items()})
+    numbers = {name: int(v) if v.isdigit() else v for name, v in values.items()}
+    cfg = tiny_config(**{"clips": 800} | numbers)
     run = RunConfig(str(Path(folder)), seed=3, timeout_minutes=minutes)
     train(tiny_stage(objective=slow), cfg, run)
 

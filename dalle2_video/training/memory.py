@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def activations(
         return tensor
 
     def forward(
-        module: nn.Module, weights: list[Tensor], inputs: tuple, named: dict[str, Any]
+        module: nn.Module, weights: Sequence[Tensor], inputs: tuple, named: dict[str, Any]
     ) -> None:
         with (
             torch.enable_grad(),
