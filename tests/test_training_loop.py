@@ -507,6 +507,23 @@ def test_figures_read_a_step_later_are_the_same(tmp_path, monkeypatch):
     assert [path.name for path in saved] == ["000000000048"]  # not 40: one step later
 
 
+@pytest.mark.gpu
+def test_no_step_waits_for_the_device(tmp_path):
+    """From the third step to the end of the window; torch raises at every synchronisation."""
+
+    def plain(model, batch, step):
+        if model.training and step.first >= 16:
+            torch.cuda.set_sync_debug_mode("error" if step.first < 72 else "default")
+        return Loss((model(batch.x) - batch.x).square().mean())
+
+    cfg = tiny_config(clips=96, log_every_clips=96, val_every_clips=None, save_every_clips=None)
+    try:
+        result = train(tiny_stage(objective=plain, val_set=None), cfg, RunConfig(str(tmp_path)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.progress.clips == 96 and result.progress.skipped == 0
+
+
 def test_three_such_steps_in_a_row_are_an_error(tmp_path):
     cfg = tiny_config(clips=80, save_every_clips=16)
     stage = tiny_stage(objective=broken({0, 8, 32, 40, 56, 64, 72}), val_set=None)

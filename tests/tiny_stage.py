@@ -31,7 +31,7 @@ class TinyBatch:
     x: Tensor
 
     def to(self, device: torch.device) -> TinyBatch:
-        return TinyBatch(self.counters, self.x.to(device))
+        return TinyBatch(self.counters, self.x.to(device, non_blocking=True))
 
 
 class TinySet:
