@@ -116,13 +116,14 @@ def test_a_launch_file_that_says_other_sizes_is_an_error(tmp_path, monkeypatch) 
             make_accelerator(cfg, run)
 
 
-def test_fp16_under_deepspeed_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_fp16_over_split_weights_is_refused(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(
         environment, "process_state", lambda minutes: SimpleNamespace(num_processes=1)
     )
-    with pytest.raises(ConfigError, match="fp16 is for one process, DDP and FSDP2"):
+    with pytest.raises(ConfigError, match="fp16 is for one process and DDP"):
         make_accelerator(tiny_config(), RunConfig(str(tmp_path), mixed_precision="fp16"))
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from torch import nn
 
 from dalle2_video.training.stage import ConfigError, RunConfig, TrainConfig
 
@@ -35,8 +36,8 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     """The accelerator and the micro-batch size of a rank.
 
     Under DeepSpeed the batch sizes, the clipping and the precision are set here: autocast over
-    float32 weights, as everywhere else. Raises ConfigError where batch_size cannot be shared out,
-    RuntimeError where the launched ranks do not find one another.
+    float32 weights, as everywhere else; for FSDP2 see `autocast_forward`. Raises ConfigError where
+    batch_size cannot be shared out, RuntimeError where the launched ranks do not find one another.
     """
     if run.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
@@ -49,10 +50,10 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
         "train_batch_size": cfg.batch_size,
         "gradient_clipping": cfg.grad_clip or 0.0,
     }
-    if deepspeed and run.mixed_precision == "fp16":
+    if splits_weights() and run.mixed_precision == "fp16":
         raise ConfigError(
-            "mixed_precision=fp16 is for one process, DDP and FSDP2: DeepSpeed's autocast does not "
-            "unscale the gradients before it clips them; take bf16"
+            "mixed_precision=fp16 is for one process and DDP: DeepSpeed's autocast does not "
+            "unscale the gradients before it clips them, and FSDP2 was never tried; take bf16"
         )
     _check_launch_file(sizes)
     # it warns of in-place operations on what a layer returns, of which there are none here
@@ -63,7 +64,7 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
             "set train.optimizer=adamw, and a learning rate for it"
         )
     accelerator = Accelerator(
-        mixed_precision="no" if deepspeed else run.mixed_precision,
+        mixed_precision="no" if splits_weights() else run.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=steps, sync_with_dataloader=False
         ),
@@ -76,6 +77,15 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
             dtype = {"bf16": "bfloat16", "fp16": "float16"}[run.mixed_precision]
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return accelerator, micro
+
+
+def autocast_forward(model: nn.Module, device: torch.device) -> None:
+    """Let the model run under autocast to bf16 under FSDP2.
+
+    FSDP2's own low precision casts the weights, norms and all, and not the buffers beside them.
+    """
+    wrapped = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    model.forward = wrapped  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_launch_file(sizes: dict[str, float]) -> None:

@@ -30,7 +30,7 @@ from dalle2_video.data.dataset import train_loader
 from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.training.agreement import check_folder, check_ranks, data_facts, from_yaml
 from dalle2_video.training.ema import Ema
-from dalle2_video.training.environment import make_accelerator
+from dalle2_video.training.environment import autocast_forward, make_accelerator
 from dalle2_video.training.figures import Flight, Window
 from dalle2_video.training.log import (
     Log,
@@ -117,6 +117,8 @@ class _Trainer:
         _same_start(stage.model, accelerator)
         stage.model.train()
         stage.model._no_split_modules = stacked_layers(stage.model)  # pyright: ignore
+        if accelerator.is_fsdp2 and run.mixed_precision == "bf16":
+            autocast_forward(stage.model, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.shards = shards_of(accelerator, self.model)
         halflife = cfg.ema_halflife_clips
