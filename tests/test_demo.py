@@ -114,7 +114,7 @@ def test_the_real_scripts_end_to_end(tmp_path) -> None:
         "data.faces.clips=160", "data.faces.size=32", "evaluate.clips=4", "sample.steps=2",
         "clip.train.log_every_clips=128", "unets.base.train.log_every_clips=16",
     ]  # fmt: skip
-    Demo(3, str(tmp_path / "run"), str(tmp_path / "data"), overrides).run()
+    Demo(5, str(tmp_path / "run"), str(tmp_path / "data"), overrides).run()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["samples"] == 4 and report["base_clips"] > 16
     assert 0 < report["minutes_total"] and 0 < report["attribute_accuracy"] < 1
