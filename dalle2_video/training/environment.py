@@ -74,8 +74,7 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
         config = cast(DeepSpeedPlugin, accelerator.state.deepspeed_plugin).deepspeed_config
         config.update(sizes)
         if run.mixed_precision != "no":
-            dtype = {"bf16": "bfloat16", "fp16": "float16"}[run.mixed_precision]
-            config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return accelerator, micro
 
 
@@ -129,6 +128,8 @@ def process_state(timeout_minutes: float = 30.0) -> PartialState:
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     timeout = timedelta(minutes=timeout_minutes)
+    if launched > 1 and not PartialState._shared_state:
+        atexit.register(_leave)
     if PartialState._shared_state or launched == 1:
         state = PartialState()
     elif torch.cuda.is_available():
@@ -142,8 +143,6 @@ def process_state(timeout_minutes: float = 30.0) -> PartialState:
         # Accelerate looks for FSDP only in this state, which an earlier run of the process, or
         # a start on the CPU, left otherwise. The device stays what it is.
         state.distributed_type = DistributedType.MULTI_GPU
-    if launched > 1:
-        atexit.register(_leave)
     if state.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but this one sees {state.num_processes}: each "
