@@ -37,6 +37,11 @@ def launch_environment() -> dict[str, str]:
     return ENVIRONMENT | {name: value for name, value in pairs if name.startswith("PET_")}
 
 
+def heard() -> None:
+    """For a child of tests that run under nohup, which it would inherit."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def wait_for_clips(folder: Path, clips: int, process: subprocess.Popen | None = None) -> None:
     """Until the run has logged a step at or beyond `clips`."""
     end = time.monotonic() + 120
@@ -70,7 +75,7 @@ def undisturbed(tmp_path_factory) -> dict[int, float]:
 def test_a_signal_makes_the_run_save_and_end(number, undisturbed, tmp_path) -> None:
     command = [sys.executable, *tiny_run(tmp_path, 0.02, save_every_clips=400)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, preexec_fn=heard
     )
     wait_for_clips(tmp_path, 80, process)
     assert json.loads((tmp_path / FILE).read_text())["reason"] == "running"

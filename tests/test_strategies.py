@@ -126,7 +126,11 @@ def test_in_bf16_they_do_about_the_same(strategy, data, alone, tmp_path) -> None
     launch_jobs(ALL, strategy, data, alone, tmp_path, "mixed_precision=bf16")
     for name in ALL:
         expected, found = figures(alone(name), name), figures(tmp_path / name, name)
-        assert found == pytest.approx(expected, rel=0.15 if name == "joint" else 0.05), name
+        # joint training: see `assert_alike`
+        mean, most = (0.06, 0.3) if name == "joint" else (0.02, 0.05)
+        assert found == pytest.approx(expected, rel=most), name
+        apart = sum(abs(a - b) for a, b in zip(found, expected, strict=True))
+        assert apart < mean * sum(expected), name
         assert found != pytest.approx(expected, rel=1e-6), "it was really another precision"
 
 
