@@ -13,7 +13,6 @@ from pathlib import Path
 import hydra
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CaptionPolicy
@@ -29,7 +28,7 @@ from dalle2_video.evaluation.alignment import (
 )
 from dalle2_video.evaluation.attributes import load_probe
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import Cascade
+from dalle2_video.generate import Cascade, sampling_bar
 from dalle2_video.training.setup import sample_config, store_of
 from dalle2_video.training.stage import from_config
 
@@ -41,30 +40,33 @@ def main(cfg: DictConfig) -> None:
     policy = CaptionPolicy(drop=False)
     dataset = CelebVTextDataset(store, plan.split, cfg.seed, policy, first_windows=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision)
+    cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision, list(cfg.cascade))
+    first = cascade.stages[0].name
     number = min(plan.clips, len(dataset))
     steps = cascade.num_steps(number, config)
     if plan.metric == "attributes":
         attributes = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
-        with tqdm(total=2 * steps, desc="sampling", unit="step") as bar:
-            figures, captions, frames = evaluate_alignment(
-                cascade, dataset, attributes, load_probe(), number, config, bar.update
+        with sampling_bar(steps + cascade.num_steps(number, config, first)) as report:
+            figures, captions, made = evaluate_alignment(
+                cascade, dataset, attributes, load_probe(), number, config, report
             )
     else:
         captions = captions_of(dataset, number)
-        with tqdm(total=steps, desc="sampling", unit="step") as bar:
-            frames = cascade.sample(captions.lines, config, progress=bar.update)
+        with sampling_bar(steps) as report:
+            made = cascade.sample_stages(captions.lines, config, report=report)
+        frames = made[cascade.stages[-1].name]
         own = nearest_clips(frames, captions.frames) == torch.arange(number)
         figures = {"samples": float(number), "nearest_is_own_clip": own.float().mean().item()}
     out = Path(cfg.out or Path(cfg.run_dir) / "evaluation")
-    for i, clip in enumerate(frames.numpy()):
-        encode_mp4(out / "clips" / f"{i:04d}.mp4", clip, cascade.fps)
+    for stage in cascade.stages:
+        for i, clip in enumerate(made[stage.name].numpy()):
+            encode_mp4(out / "clips" / stage.name / f"{i:04d}.mp4", clip, stage.fps)
     texts = [" ".join(lines) for lines in captions.lines]
-    save_sheet(out / "sheet.png", list(frames[:32].numpy()), texts[:32])
+    save_sheet(out / "sheet.png", list(made[cascade.stages[-1].name][:32].numpy()), texts[:32])
     write_json(out / "captions.json", texts)
-    report = figures | provenance() | {"mixed_precision": cfg.mixed_precision}
-    write_json(out / "report.json", report)
-    print(json.dumps(report, indent=1), f"\nin {out}")
+    judged = figures | provenance() | {"mixed_precision": cfg.mixed_precision}
+    write_json(out / "report.json", judged)
+    print(json.dumps(judged, indent=1), f"\nin {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a U-Net of the cascade. Needs `train_clip.py` with the same train_name.
 
     python train_decoder.py train_name=run1
+    python train_decoder.py train_name=run1 unet=tsr      # frames between (ssr: pixels)
     accelerate launch --config_file configs/accelerate/zero3.yaml train_decoder.py train_name=run1
 
 The same command resumes. Every value of configs/ can be set on the command line (`--cfg job` shows
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.unet not in cfg.unets:
         raise ConfigError(f"unet={cfg.unet}: unets has only {', '.join(cfg.unets)}")
     section = from_config(UnetSection, cfg.unets[cfg.unet], f"unets.{cfg.unet}")
-    sampling = sample_config(cfg)
+    sampling = sample_config(cfg).stage(cfg.unet)
     run = run_config(cfg, cfg.unet)
     conditions = load_conditions(
         cfg.run_dir, store_of(cfg), cfg.seed, section.captions, True, cfg.validation, section.images

@@ -28,8 +28,9 @@ from dalle2_video.data.video import to_float, to_uint8
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.evaluation.attributes import load_probe, score, targets_of
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import SampleConfig, load_unet, sample_clips
+from dalle2_video.generate import load_unet
 from dalle2_video.models.unet3d import Condition
+from dalle2_video.sampling import SampleConfig, sample_clips
 from dalle2_video.training.conditions import TextEncoder, load_conditions
 from dalle2_video.training.setup import store_of
 

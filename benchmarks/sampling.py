@@ -31,8 +31,9 @@ from dalle2_video.evaluation.alignment import captions_of
 from dalle2_video.evaluation.attributes import load_probe, score, targets_of
 from dalle2_video.evaluation.frechet import frechet_distance, frechet_interval
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import Cascade, SampleConfig, sample_clips, sample_embeddings
+from dalle2_video.generate import Cascade
 from dalle2_video.models.unet3d import Condition
+from dalle2_video.sampling import SampleConfig, sample_clips, sample_embeddings
 from dalle2_video.training.setup import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]

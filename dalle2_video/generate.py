@@ -1,20 +1,22 @@
-"""Text to video: text tower -> prior -> base U-Net, with the checkpoints of one run.
+"""Text to video: text tower -> prior -> base U-Net -> super-resolution, with one run's checkpoints.
 
-Every number that a clip is made from is keyed by (seed, index of the clip), so a clip does not
-depend on the batch that it is sampled in. B clips, F frames, H W, D embedding dimension.
+B clips, F frames, H W, D embedding dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from dalle2_video import keyed
 from dalle2_video.checkpoint import (
     CheckpointError,
     LoadedModel,
@@ -23,175 +25,14 @@ from dalle2_video.checkpoint import (
     load_weights,
 )
 from dalle2_video.data.captions import pack_lines, text_to_lines, to_line
-from dalle2_video.data.video import to_uint8
-from dalle2_video.diffusion.guidance import (
-    Denoiser,
-    Scale,
-    denoiser,
-    dynamic_threshold,
-    guided,
-    interval_scale,
-    oscillating_scale,
-    static_threshold,
-)
+from dalle2_video.data.video import has_view, to_float, to_uint8
 from dalle2_video.diffusion.objective import DiffusionConfig
-from dalle2_video.diffusion.sampling import ancestral, ddim, dpm_solver
-from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.models.prior import Prior, PriorConfig
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
 from dalle2_video.models.video_clip import TextEncoding, VideoCLIP, VideoCLIPConfig
-from dalle2_video.models.whitening import Whitening
+from dalle2_video.sampling import SampleConfig, sample_clips, sample_embeddings
 
-Progress = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How to sample.
-
-    eta: of ddim, 0 = deterministic. gamma, corrector: of ancestral. guidance_scale: 1 is the plain
-    conditional model. guidance: when it applies: "constant"; "interval", between the log-SNRs
-    guidance_interval; or "oscillating", the first guidance_constant share of the steps, then every
-    other one. guidance_rescale: see `guided`. prior_draws: embeddings drawn per clip, of which the
-    one nearest to the text is kept (DALL-E 2 draws two).
-    """
-
-    sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
-    steps: int = 25
-    eta: float = 0.0
-    gamma: float = 0.1
-    corrector: float = 0.0
-    guidance_scale: float = 3.0
-    guidance: Literal["constant", "interval", "oscillating"] = "constant"
-    guidance_interval: tuple[float, float] = (-8.0, 4.0)
-    guidance_constant: float = 0.5
-    guidance_rescale: float = 0.0
-    threshold: Literal["none", "static", "dynamic"] = "static"
-    prior_steps: int = 25
-    prior_guidance_scale: float = 1.5
-    prior_draws: int = 2
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "prior_steps", "prior_draws", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eta", "gamma", "guidance_constant", "guidance_rescale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if self.corrector < 0:
-            raise ValueError(f"corrector must be at least 0, not {self.corrector}")
-        low, high = self.guidance_interval
-        if not low < high:
-            raise ValueError(f"guidance_interval must rise, not {low}, {high}")
-
-    def scale(self, steps: Tensor) -> float | Scale:
-        """The scale of guidance for a sampler that goes through these log-SNRs."""
-        match self.guidance:
-            case "interval":
-                return interval_scale(self.guidance_scale, *self.guidance_interval)
-            case "oscillating":
-                return oscillating_scale(self.guidance_scale, steps, self.guidance_constant)
-        return self.guidance_scale
-
-
-def sample_embeddings(
-    prior: Callable[..., Tensor],
-    whiten: Whitening,
-    diffusion: DiffusionConfig,
-    text: TextEncoding,
-    counters: Tensor,
-    config: SampleConfig,
-) -> Tensor:
-    """Video embeddings (B, D), l2-normalised as in the cache; counters (B,) key the noise.
-
-    whiten: the space that the prior works in. Draws `prior_draws` per text with DDIM and keeps the
-    one with the largest dot product with the text embedding (Ramesh et al. 2022, section 2.2).
-    """
-    batch, dim = text.embedding.shape
-    device = text.embedding.device
-    draws = config.prior_draws
-
-    def both(z: Tensor, log_snr: Tensor) -> Tensor:
-        halves = len(z) // batch
-        keep = torch.arange(len(z), device=device) < batch
-        return prior(
-            z,
-            log_snr[:, None].expand(-1, draws),
-            text.states.repeat(halves, 1, 1),
-            text.mask.repeat(halves, 1),
-            text.embedding.repeat(halves, 1),
-            keep,
-        )
-
-    z = keyed.randn((draws, dim), config.seed, counters, "prior", device)
-    denoise = denoiser(both, diffusion.prediction)
-    if config.prior_guidance_scale != 1:
-        denoise = guided(denoise, config.prior_guidance_scale)
-    x0 = ddim(denoise, z, sampler_steps(diffusion.schedule, config.prior_steps, device))
-    embeddings = torch.nn.functional.normalize(whiten.inverse(x0), dim=-1)
-    nearest = torch.einsum("bkd,bd->bk", embeddings, text.embedding).argmax(1)
-    return embeddings[torch.arange(batch, device=device), nearest]
-
-
-def sample_clips(
-    unet: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    diffusion: DiffusionConfig,
-    condition: Condition,
-    counters: Tensor,
-    config: SampleConfig,
-    progress: Progress | None = None,
-    self_condition: bool = False,
-) -> Tensor:
-    """Clips (B, *shape) float32 about [-1, 1] from conditions, shape (C, F, H, W).
-
-    unet: a Unet3D or what wraps it; self_condition: whether it wants its last estimate. counters
-    (B,) key the noise.
-    """
-    device = condition.embedding.device
-    two = Condition.cat(condition, condition.dropped())
-
-    estimate: Tensor | None = None
-
-    def network(z: Tensor, log_snr: Tensor) -> Tensor:
-        doubled = len(z) > len(counters)
-        known = two if doubled else condition
-        if not self_condition or estimate is None:
-            return unet(z, log_snr, known)
-        return unet(z, log_snr, known, 0, estimate.repeat(1 + doubled, 1, 1, 1, 1))
-
-    steps = sampler_steps(diffusion.schedule, config.steps, device)
-    denoise: Denoiser = denoiser(network, diffusion.prediction)
-    if config.guidance_scale != 1:
-        denoise = guided(denoise, config.scale(steps), config.guidance_rescale)
-    if config.threshold == "static":
-        denoise = static_threshold(denoise)
-    elif config.threshold == "dynamic":
-        denoise = dynamic_threshold(denoise)
-
-    thresholded = denoise
-
-    def remember(z: Tensor, log_snr: Tensor) -> Tensor:
-        nonlocal estimate
-        x0 = thresholded(z, log_snr)
-        estimate = x0.clamp(-1, 1)  # as in training
-        return x0
-
-    denoise = remember
-
-    def noise(i: int) -> Tensor:
-        return keyed.randn(shape, config.seed, counters, f"sample/{i}", device)
-
-    z = keyed.randn(shape, config.seed, counters, "sample", device)
-    report = None if progress is None else lambda _: progress()
-    match config.sampler:
-        case "dpm_solver":
-            return dpm_solver(denoise, z, steps, report)
-        case "ancestral":
-            return ancestral(denoise, z, steps, noise, config.gamma, config.corrector, report)
-    return ddim(denoise, z, steps, noise, config.eta, report)
+Report = Callable[[str], None]  # the name of the U-Net that has made a step
 
 
 def load_clip(path: Path) -> tuple[VideoCLIP, LoadedModel]:
@@ -239,23 +80,56 @@ def read_texts(text: str | Sequence[str] | None, file: str | None, number: int) 
     return [one for one in texts for _ in range(number)]
 
 
+@dataclass(frozen=True)
+class CascadeStage:
+    """One U-Net of a cascade; fps: of the clips that it makes."""
+
+    name: str
+    unet: Unet3D
+    diffusion: DiffusionConfig
+    fps: float
+
+
+@contextmanager
+def sampling_bar(steps: int, disable: bool = False) -> Iterator[Report]:
+    """A progress bar that names the U-Net at work; yields what `sample` reports to."""
+    with tqdm(total=steps, unit="step", disable=disable) as bar:
+
+        def report(name: str) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update()
+
+        yield report
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module is on the device inside, and on the CPU again behind it."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to("cpu")
+
+
 class Cascade:
-    """The networks of one run, checked to belong together, ready to sample."""
+    """The networks of one run, checked to belong together, ready to sample.
+
+    They stay on the CPU; each is on the device while it is at work, one after the other.
+    """
 
     def __init__(
         self,
         clip: VideoCLIP,
         prior: tuple[Prior, DiffusionConfig],
-        base: tuple[Unet3D, DiffusionConfig],
-        fps: float,
+        stages: Sequence[CascadeStage],
         device: torch.device | str = "cpu",
         precision: Literal["no", "bf16", "fp16"] = "no",
     ) -> None:
+        check_chain(stages)
         self.device = torch.device(device)
-        self.clip = clip.to(self.device)
-        self.prior, self.prior_diffusion = prior[0].to(self.device), prior[1]
-        self.base, self.base_diffusion = base[0].to(self.device), base[1]
-        self.fps = fps
+        self.clip, (self.prior, self.prior_diffusion) = clip, prior
+        self.stages = list(stages)
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     @classmethod
@@ -264,72 +138,208 @@ class Cascade:
         run_dir: str | Path,
         device: torch.device | str = "cpu",
         precision: Literal["no", "bf16", "fp16"] = "no",
+        order: Sequence[str] = ("base",),
     ) -> Cascade:
-        """The EMA weights of runs/<name>/{clip,prior,base}/model.safetensors.
+        """The EMA weights of runs/<name>/{clip,prior,...}/model.safetensors; order: the U-Nets.
 
-        Raises CheckpointError where a file is missing or damaged, or a stage was trained on another
-        CLIP than the one in the run.
+        Raises CheckpointError where a file is missing or damaged, where a stage was trained on
+        another CLIP than the one in the run, or where a U-Net does not take what the one before it
+        makes.
         """
         run_dir = Path(run_dir)
         clip_path = run_dir / "clip" / "model.safetensors"
         clip, _ = load_clip(clip_path)
         prior, prior_diffusion, prior_file = load_prior(run_dir / "prior" / "model.safetensors")
-        base, base_diffusion, base_file = load_unet(run_dir / "base" / "model.safetensors", "base")
+        files, stages = [prior_file], []
+        for name in order:
+            unet, diffusion, file = load_unet(run_dir / name / "model.safetensors", name)
+            stages.append(CascadeStage(name, unet, diffusion, file.config["fps"]))
+            files.append(file)
         clip_hash = file_hash(clip_path)
-        for file in (prior_file, base_file):
+        for file in files:
             if file.meta.get("clip_hash") != clip_hash:
                 raise CheckpointError(
                     f"{file.path}: trained on the CLIP {file.meta.get('clip_hash')}, but "
                     f"{clip_path} is {clip_hash}; train this stage again"
                 )
-        fps = base_file.config["fps"]
-        return cls(clip, (prior, prior_diffusion), (base, base_diffusion), fps, device, precision)
+        return cls(clip, (prior, prior_diffusion), stages, device, precision)
 
+    @property
+    def fps(self) -> float:
+        """Frames per second of the clips that `sample` returns."""
+        return self.stages[-1].fps
+
+    @torch.no_grad()
     def encode(self, texts: Sequence[str | Sequence[str]]) -> TextEncoding:
-        """Texts, each one string (taken apart at sentences) or a list of lines, as tensors."""
+        """Texts, each one string (taken apart at sentences) or a list of lines, as tensors on the
+        device. CaptionError where one is empty.
+        """
+        with placed(self.clip, self.device):
+            return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str | Sequence[str]]) -> TextEncoding:
         sets = [[to_line(line) for line in text_to_lines(text)] for text in texts]
         packed = pack_lines(sets)
         return self.clip.encode_text(
             packed.tokens.to(self.device), packed.line_index.to(self.device)
         )
 
-    @torch.no_grad()
     def sample(
         self,
         texts: Sequence[str | Sequence[str]],
         config: SampleConfig,
         first: int = 0,
-        progress: Progress | None = None,
+        report: Report | None = None,
     ) -> Tensor:
-        """One clip per text: uint8 RGB (B, F, H, W, 3) on the CPU.
+        """One clip per text from the whole cascade: uint8 RGB (B, F, H, W, 3) on the CPU.
 
-        Clip i is keyed by (config.seed, first + i). progress is called once per step of a batch;
-        there are `num_steps(len(texts), config)` of them.
+        Clip i is keyed by (config.seed, first + i), see `sample_stages`.
         """
-        clips = []
-        for start in range(0, len(texts), config.batch_size):
-            part = texts[start : start + config.batch_size]
-            counters = torch.arange(first + start, first + start + len(part))
-            text = self.encode(part)  # in float32, as in training
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                embedding = sample_embeddings(
-                    self.prior, self.prior.whiten, self.prior_diffusion, text, counters, config
-                )
-                condition = Condition.of(embedding, text.states, text.place, text.embedding)
-                video = sample_clips(
-                    self.base,
-                    self.base.config.clip_shape,
-                    self.base_diffusion,
-                    condition,
-                    counters,
-                    config,
-                    progress,
-                    self.base.config.self_condition,
-                )
-            clips.append(to_uint8(video).cpu())
-        return torch.cat(clips)
+        numbers = range(first, first + len(texts))
+        return self.sample_stages(texts, config, numbers, report)[self.stages[-1].name]
 
-    @staticmethod
-    def num_steps(texts: int, config: SampleConfig) -> int:
-        """How often `sample` calls its progress."""
-        return -(-texts // config.batch_size) * config.steps
+    @torch.no_grad()
+    def sample_stages(
+        self,
+        texts: Sequence[str | Sequence[str]],
+        config: SampleConfig,
+        numbers: Sequence[int] | None = None,
+        report: Report | None = None,
+        last: str | None = None,
+    ) -> dict[str, Tensor]:
+        """One clip per text from every U-Net, by its name: uint8 RGB (B, F, H, W, 3) on the CPU.
+
+        The clip of text i is keyed by (config.seed, numbers[i]), by default i. Of several
+        candidates the first U-Net whose clips the CLIP can see makes them all, and the nearest to
+        the text goes on. last: the U-Net to stop behind. report is called after each step of a
+        batch, `num_steps` times in all. ValueError where there are candidates and the CLIP can see
+        none of the clips.
+        """
+        numbers, many = range(len(texts)) if numbers is None else numbers, config.candidates
+        if not texts:  # more processes than texts
+            return {stage.name: torch.empty(0, dtype=torch.uint8) for stage in self.stages}
+        judge = self.judge if many > 1 else None
+        texts = [text for text in texts for _ in range(many)]
+        counters = torch.tensor([many * number + j for number in numbers for j in range(many)])
+        size = config.batch_size
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        with placed(self.clip, self.device):
+            encoded = [self._encode(part) for part in parts]  # in float32, as in training
+        conditions = []
+        with placed(self.prior, self.device):
+            for text, keys in zip(encoded, counters.split(size), strict=True):
+                with self._autocast():
+                    embedding = sample_embeddings(
+                        self.prior, self.prior.whiten, self.prior_diffusion, text, keys, config
+                    )
+                condition = Condition.of(embedding, text.states, text.place, text.embedding)
+                conditions.append(condition.to("cpu"))
+        made: dict[str, Tensor] = {}
+        low: Tensor | None = None
+        for stage in self.stages:
+            clips = []
+            lows = [None] * len(conditions) if low is None else low.split(size)
+            with placed(stage.unet, self.device):
+                for condition, keys, small in zip(
+                    conditions, counters.split(size), lows, strict=True
+                ):
+                    clips.append(self._stage(stage, condition, keys, small, config, report))
+            low = torch.cat(clips)
+            if judge is stage:
+                text = torch.cat([condition.text_embedding for condition in conditions])
+                kept = self.nearest(low, text, many)
+                low, counters = low[kept], counters[kept]
+                whole = reduce(Condition.cat, conditions)
+                conditions = [whole.rows(rows) for rows in kept.split(size)]
+                made = {name: clips[kept] for name, clips in made.items()}
+            made[stage.name] = low
+            if stage.name == last:
+                break
+        return made
+
+    def _stage(
+        self,
+        stage: CascadeStage,
+        condition: Condition,
+        counters: Tensor,
+        low: Tensor | None,
+        config: SampleConfig,
+        report: Report | None,
+    ) -> Tensor:
+        """One batch of one U-Net: uint8 (B, F, H, W, 3) on the CPU from the smaller clips, too."""
+        with self._autocast():
+            video = sample_clips(
+                stage.unet,
+                stage.unet.config,
+                stage.diffusion,
+                condition.to(self.device),
+                counters,
+                config.stage(stage.name),
+                config.seed,
+                None if low is None else to_float(low.to(self.device)),
+                None if report is None else lambda: report(stage.name),
+                "sample" if low is None else f"sample/{stage.name}",
+            )
+        return to_uint8(video).cpu()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    @property
+    def judge(self) -> CascadeStage:
+        """The first U-Net whose clips the CLIP can see; ValueError where there is none."""
+        video = self.clip.config.video
+        for stage in self.stages:
+            model = stage.unet.config
+            if has_view(model.num_frames, model.image_size, video.num_frames, video.image_size):
+                return stage
+        raise ValueError(
+            f"candidates: the video CLIP sees {video.num_frames} frames of {video.image_size} px, "
+            "which no clip of the cascade can show it"
+        )
+
+    def nearest(self, clips: Tensor, text: Tensor, many: int) -> Tensor:
+        """Of each `many` clips, uint8 (B, F, H, W, 3), the index of the one whose embedding is
+        nearest to that of its text, (B, D); int64 (B / many,).
+        """
+        video, scores = self.clip.config.video, []
+        with placed(self.clip, self.device):
+            for frames, target in zip(clips.split(32), text.split(32), strict=True):
+                view = to_float(frames.to(self.device), video.num_frames, video.image_size)
+                embedding = self.clip.encode_video(view)
+                scores.append((embedding * target.to(self.device)).sum(1).cpu())
+        best = torch.cat(scores).unflatten(0, (-1, many)).argmax(1)
+        return torch.arange(len(best)) * many + best
+
+    def num_steps(self, texts: int, config: SampleConfig, last: str | None = None) -> int:
+        """How often `sample_stages` reports a step."""
+        steps, many = 0, config.candidates
+        for stage in self.stages:
+            steps += -(-texts * many // config.batch_size) * config.stage(stage.name).steps
+            if many > 1 and stage is self.judge:
+                many = 1
+            if stage.name == last:
+                break
+        return steps
+
+
+def check_chain(stages: Sequence[CascadeStage]) -> None:
+    """CheckpointError where a U-Net does not take what the one before it makes."""
+    if not stages:
+        raise CheckpointError("a cascade needs a U-Net, such as cascade=[base]")
+    first = stages[0]
+    if first.unet.config.low_copies:
+        raise CheckpointError(
+            f"cascade: {first.name!r} makes more of a smaller clip, not of a text"
+        )
+    for before, after in pairwise(stages):
+        made, takes = before.unet.config, after.unet.config
+        if not takes.low_copies:
+            raise CheckpointError(f"cascade: {after.name!r} makes clips of text, so it comes first")
+        low_fps = after.fps / takes.times[0]
+        if (made.image_size, before.fps) != (takes.low_size, low_fps):
+            raise CheckpointError(
+                f"cascade: {after.name!r} was trained on clips of {takes.low_size} px at "
+                f"{low_fps:g} frames per second, but {before.name!r} makes {made.image_size} px at "
+                f"{before.fps:g}"
+            )

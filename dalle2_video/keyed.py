@@ -34,12 +34,10 @@ def randn(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normal float32 (B, *shape); row i depends on counters[i] (B,) int64 alone."""
-    return torch.stack(
-        [
-            torch.randn(shape, generator=generator(seed, c, stream, device), device=device)
-            for c in counters.tolist()
-        ]
-    )
+    rows = torch.empty((len(counters), *shape), device=device)
+    for row, counter in zip(rows, counters.tolist(), strict=True):
+        torch.randn(shape, generator=generator(seed, counter, stream, device), out=row)
+    return rows
 
 
 def rand(

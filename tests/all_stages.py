@@ -17,7 +17,7 @@ import train_decoder
 import train_prior
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"clip": train_clip, "prior": train_prior, "base": train_decoder}
+SCRIPTS = {"clip": train_clip, "prior": train_prior}
 Job = tuple[str, list[str]]
 
 
@@ -26,7 +26,9 @@ def run(jobs: list[Job]) -> None:
     for stage, overrides in jobs:
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
             cfg = compose("config", overrides)
-        SCRIPTS[stage].main(cfg)
+        if stage in cfg.unets:
+            cfg.unet = stage
+        SCRIPTS.get(stage, train_decoder).main(cfg)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dalle2_video.evaluation.alignment import (
     nearest_clips,
 )
 from dalle2_video.evaluation.attributes import load_probe, score, targets_of
-from dalle2_video.generate import SampleConfig
+from dalle2_video.sampling import SampleConfig
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +78,21 @@ def test_the_lines_and_the_free_text_are_both_sampled(dataset, truth) -> None:
     real = torch.from_numpy(dataset.store.frames(range(12)))
     asked = []
 
-    def sample(texts, config, progress=None):
+    def sample_stages(texts, config, report=None, last=None):
         asked.append(texts)
-        return real if isinstance(texts[0], list) else real.roll(1, 0)
+        if last == "base":
+            return {"base": real.roll(1, 0)}
+        return {"base": real[:, ::2], "ssr": real}
 
-    cascade = SimpleNamespace(sample=sample)
+    cascade = SimpleNamespace(sample_stages=sample_stages)
     attributes = {dataset.key(i).rsplit(":", 1)[0]: clip for i, clip in enumerate(truth)}
-    figures, captions, frames = evaluate_alignment(
+    figures, captions, made = evaluate_alignment(
         cascade, dataset, attributes, load_probe(), 12, SampleConfig()
     )
-    assert asked == [captions.lines, captions.sentences] and torch.equal(frames, real)
+    assert asked == [captions.lines, captions.sentences] and torch.equal(made["ssr"], real)
     assert figures["samples"] == 12
     assert figures["attribute_accuracy"] > 0.9 > 0.7 > figures["free_sentence_accuracy"]
+    assert 0.5 < figures["accuracy_of_base"] <= 1 and "accuracy_of_ssr" not in figures
 
 
 def test_nearest_clip_is_found_through_shifts_in_time_and_noise() -> None:

@@ -15,13 +15,13 @@ from dalle2_video.evaluation.page import grid, read_mp4
 JUDGED = {
     "samples": 3.0, "attribute_accuracy": 0.7, "attribute_accuracy_low": 0.65,
     "attribute_accuracy_high": 0.75, "attribute_chance": 0.4, "attribute_accuracy_shuffled": 0.35,
-    "attribute_chance_shuffled": 0.33, "ceiling_accuracy": 0.99,
+    "attribute_chance_shuffled": 0.33, "ceiling_accuracy": 0.99, "accuracy_of_base": 0.71,
 }  # fmt: skip
 VALIDATION = {
     "clip": {"recall_at_1_chance": 1 / 295, "recall_at_1_text_to_video": 0.7,
              "recall_at_1_video_to_text": 0.6},
     "prior": {"loss": 0.1, "cosine_to_video": 0.9, "cosine_to_another_video": 0.4},
-    "base": {"loss": 0.0123},
+    "base": {"loss": 0.0123}, "tsr": {"loss": 0.0456}, "ssr": {"loss": 0.0789},
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def ran(monkeypatch):
         folder = Path(values["run_dir"])
         if script in fail:
             raise subprocess.CalledProcessError(1, command)
-        stage = {"train_clip": "clip", "train_prior": "prior", "train_decoder": "base"}.get(script)
+        stage = values.get("unet", {"train_clip": "clip", "train_prior": "prior"}.get(script))
         if stage:
             (folder / stage).mkdir(parents=True, exist_ok=True)
             line = {f"val/{k}": v for k, v in VALIDATION[stage].items()}
@@ -48,8 +48,10 @@ def ran(monkeypatch):
             (folder / "report.json").write_text(json.dumps(JUDGED))
             (folder / "captions.json").write_text(json.dumps(["a <b> man", "b", "c"]))
             for i in range(3):
-                frames = np.full((8, 32, 32, 3), 60 * i + 40, np.uint8)
-                encode_mp4(folder / "clips" / f"{i:04d}.mp4", frames, 4.0)
+                for stage, frames, size in (("base", 8, 32), ("tsr", 16, 32), ("ssr", 16, 64)):
+                    clip = np.full((frames, size, size, 3), 60 * i + 40, np.uint8)
+                    path = folder / "clips" / stage / f"{i:04d}.mp4"
+                    encode_mp4(path, clip, frames / 2)
 
     monkeypatch.setattr(demo.subprocess, "run", run)
     monkeypatch.setattr(demo, "faster_precision", lambda: ("no", 340.0))
@@ -64,11 +66,15 @@ def test_stages_share_the_minutes_and_the_report_holds_every_figure(ran, tmp_pat
     calls, _ = ran
     Demo(20, str(tmp_path), "data/x", ["seed=4"]).run()
     assert [Path(c[1]).stem for c in calls] == [
-        "preprocess", "train_clip", "train_prior", "train_decoder", "evaluate",
+        "preprocess", "train_clip", "train_prior", *["train_decoder"] * 3, "evaluate",
     ]  # fmt: skip
     assert all({"mixed_precision=no", "data.root=data/x", "seed=4"} <= set(c) for c in calls)
-    minutes = [float(c[-2].split("=")[1]) for c in calls[1:4]]
-    assert sum(minutes) == pytest.approx(20 - (0.2 + 1) - 3 * (0.1 + 50 / 340), abs=0.05)
+    assert [c[-3] for c in calls[3:6]] == ["unet=base", "unet=tsr", "unet=ssr"]
+    minutes = [float(c[-2].split("=")[1]) for c in calls[1:6]]
+    evaluation, script = (
+        a + b / 340 for a, b in (demo.RESERVE[k] for k in ("evaluation", "script"))
+    )
+    assert sum(minutes) == pytest.approx(20 - evaluation - 5 * script, abs=0.05)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["attribute_accuracy"] == 0.7 and report["commit"] == "of the start"
     assert report["base_clips"] == 1234 and report["clip_recall_at_1_video_to_text"] == 0.6
@@ -76,13 +82,14 @@ def test_stages_share_the_minutes_and_the_report_holds_every_figure(ran, tmp_pat
     table = capsys.readouterr().out
     for words in (
         "recall@1 on val 70.0 % / 60.0 %", "0.3 %", "val 0.90", "0.40", "0.0123 after 1,234 clips",
+        "0.0456 after", "0.0789 after", "71.0 %",
         "70.0 % (65.0 to 75.0)", "40.0 %", "35.0 %", "33.0 %", "99.0 %",
     ):  # fmt: skip
         assert words in table, words
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<video") == 3 and "a &lt;b&gt; man" in page and "70.0 %" in page
+    assert page.count("<video") == 9 and "a &lt;b&gt; man" in page and "70.0 %" in page
     frames, fps = read_mp4(tmp_path / "samples.mp4")
-    assert frames.shape == (8, 256, 256, 3) and fps == 4
+    assert frames.shape == (16, 256, 256, 3) and fps == 8
 
 
 def test_started_again_it_continues_and_keeps_its_commit(ran, tmp_path, monkeypatch) -> None:
@@ -99,7 +106,7 @@ def test_started_again_it_continues_and_keeps_its_commit(ran, tmp_path, monkeypa
     again = Demo(20, str(tmp_path), "data/x")
     spent = again.elapsed
     again.run()
-    assert [Path(c[1]).stem for c in calls[4:]] == ["train_decoder", "evaluate"]
+    assert [Path(c[1]).stem for c in calls[4:]] == [*["train_decoder"] * 3, "evaluate"]
     assert calls[4][-1] == budget  # the same share of the minutes
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["commit"] == "of the start"
@@ -111,14 +118,15 @@ def test_started_again_it_continues_and_keeps_its_commit(ran, tmp_path, monkeypa
 @pytest.mark.slow
 def test_the_real_scripts_end_to_end(tmp_path) -> None:
     overrides = [
-        "data.faces.clips=160", "data.faces.size=32", "evaluate.clips=4", "sample.steps=2",
+        "data.faces.clips=160", "evaluate.clips=4", "sample.steps=2",
         "clip.train.log_every_clips=128", "unets.base.train.log_every_clips=16",
+        "sample.stages.tsr.steps=2", "sample.stages.ssr.steps=2",
     ]  # fmt: skip
     Demo(5, str(tmp_path / "run"), str(tmp_path / "data"), overrides).run()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["samples"] == 4 and report["base_clips"] > 16
     assert 0 < report["minutes_total"] and 0 < report["attribute_accuracy"] < 1
-    assert (tmp_path / "run" / "index.html").read_text().count("<video") == 4
+    assert (tmp_path / "run" / "index.html").read_text().count("<video") == 12
 
 
 def test_no_time_to_train_is_said(ran, tmp_path) -> None:

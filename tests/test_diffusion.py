@@ -252,7 +252,7 @@ def test_samplers_agree_with_diffusers_at_every_step(name: str, steps: int) -> N
     seen: list[torch.Tensor] = []
 
     def denoise(z, log_snr):
-        seen.append(z)
+        seen.append(z.clone())
         alpha, sigma = (a[:, None] for a in alpha_sigma(log_snr))
         return torch.tanh(1.3 * alpha * z + 0.2 * torch.sin(5 * z) + 0.1 * sigma)
 

@@ -7,15 +7,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dalle2_video"
-ALL = {"data", "models", "diffusion", "checkpoint", "generate", "evaluation", "training", "keyed"}
+ALL = {
+    "data",
+    "models",
+    "diffusion",
+    "checkpoint",
+    "sampling",
+    "generate",
+    "evaluation",
+    "training",
+    "keyed",
+}
 MAY = {
     "keyed": set(),
     "data": {"keyed"},
     "models": {"keyed"},
     "diffusion": {"keyed"},
     "checkpoint": set(),
-    "generate": {"keyed", "data", "models", "diffusion", "checkpoint"},
-    "evaluation": {"keyed", "data", "models", "diffusion", "checkpoint", "generate"},
+    "sampling": {"keyed", "models", "diffusion"},
+    "generate": {"keyed", "data", "models", "diffusion", "checkpoint", "sampling"},
+    "evaluation": {"keyed", "data", "models", "diffusion", "checkpoint", "sampling", "generate"},
     "training": ALL,
 }
 

@@ -22,8 +22,9 @@ from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import eval_loader
 from dalle2_video.data.embeddings import EmbeddingCache, EmbeddingError
 from dalle2_video.data.video import to_float
-from dalle2_video.generate import Cascade, SampleConfig, load_clip, read_texts, sample_embeddings
+from dalle2_video.generate import Cascade, load_clip, read_texts
 from dalle2_video.models.whitening import Whitening
+from dalle2_video.sampling import SampleConfig, sample_embeddings
 from dalle2_video.training.conditions import (
     draw_times,
     keep_masks,
@@ -39,10 +40,13 @@ ROOT = Path(__file__).parent.parent
 STEPS = ["batch_size=8", "clips=32", "warmup_clips=8", "save_every_clips=16", "workers=0"]
 STEPS += ["optimizer=adamw"]  # the one that runs sharded
 STAGES = {"clip": (train_clip, "clip"), "prior": (train_prior, "prior")}
-STAGES |= {"base": (train_decoder, "unets.base")}
+STAGES |= {name: (train_decoder, f"unets.{name}") for name in ("base", "tsr", "ssr")}
 SMALL = [
     "data.faces.clips=64",
     "data.faces.size=32",
+    "data.fps=4",
+    "data.num_frames=8",
+    "data.size=32",
     "data.workers=0",
     "data.splits={train: 0.6, val: 0.2, combo: 0.2}",
     "clip.model.embed_dim=32",
@@ -56,8 +60,22 @@ SMALL = [
     "unets.base.model.dim=32",
     "unets.base.model.head_dim=32",
     "unets.base.model.cond_dim=64",
+    # 4 frames of 16 px -> 8 of 16 -> 8 of 32
+    *[f"unets.tsr.{size}" for size in ("model.image_size=16", "model.low_size=16", "window=4")],
+    *[f"unets.ssr.{size}" for size in ("model.image_size=32", "model.low_size=16", "window=4")],
+    "unets.tsr.model.low_frames=4",
+    "unets.ssr.model.low_frames=8",
+    "unets.ssr.crop=16",
+    *[
+        f"unets.{name}.model.{size}"
+        for name in ("tsr", "ssr")
+        for size in ("num_frames=8", "dim=32", "cond_dim=32")
+    ],
     "sample.steps=2",
+    "sample.stages.tsr.steps=2",
+    "sample.stages.ssr.steps=2",
     "sample.prior_steps=2",
+    "cascade=[base]",
     *[f"{key}.train.{setting}" for _, key in STAGES.values() for setting in STEPS],
 ]
 
@@ -66,6 +84,13 @@ def composed(*overrides: str):
     """The configuration of these overrides."""
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         return compose("config", list(overrides))
+
+
+def train(stage: str, cfg) -> None:
+    """One stage by its entry script."""
+    cfg = cfg.copy()
+    cfg.unet = stage if stage in cfg.unets else "base"
+    STAGES[stage][0].main(cfg)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +110,8 @@ def run_dir(configure) -> Path:
     """All stages trained for four steps by the entry scripts."""
     cfg = configure()
     preprocess.main(cfg)
-    for script, _ in STAGES.values():
-        script.main(cfg)
+    for stage in STAGES:
+        train(stage, cfg)
     return Path(cfg.run_dir)
 
 
@@ -111,14 +136,14 @@ def test_sample_writes_mp4_and_sheet(configure, run_dir, tmp_path) -> None:
 
 def test_every_stage_resumes_to_the_last_bit(configure, run_dir) -> None:
     """Stopped after step 2 of 4 and started again: the weights of 4 steps in one go."""
-    for stage, (script, _) in STAGES.items():
+    for stage in STAGES:
         cfg = configure(run=f"resumed_{stage}")
         other = Path(cfg.run_dir)
         shutil.copytree(run_dir, other)
         for name in ("model.safetensors", "checkpoints/000000000032"):
             path = other / stage / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        script.main(cfg)
+        train(stage, cfg)
         ours = load_file(other / stage / "model.safetensors")
         whole = load_file(run_dir / stage / "model.safetensors")
         assert ours.keys() == whole.keys()
@@ -338,7 +363,7 @@ def test_config_mistakes_fail_at_once_with_the_key(configure, tmp_path) -> None:
     """PAPERS.md 10, no. 3."""
     cases = [
         (train_decoder, "+unets.base.train.learning_rate=1", r"unets.base.train.learning_rate"),
-        (train_decoder, "unet=tsr", r"unet=tsr: unets has only base"),
+        (train_decoder, "unet=top", r"unet=top: unets has only base, tsr, ssr"),
         (train_prior, "prior.diffusion.loss=l2", r"prior.diffusion.*'?loss"),
         (train_clip, "+clip.model.vidoe=1", r"clip.model.vidoe"),
         (train_decoder, "sample.steps=0", r"sample: steps must be at least 1"),
@@ -358,8 +383,8 @@ def test_every_stage_trains_on_a_view_of_larger_clips(configure, run_dir, tmp_pa
     sizes = ["num_frames=4", "image_size=16"]
     view = [f"{m}.{size}" for m in ("clip.model.video", "unets.base.model") for size in sizes]
     cfg = configure(*view, run="view")
-    for script, _ in STAGES.values():
-        script.main(cfg)
+    for stage in ("clip", "prior", "base"):
+        train(stage, cfg)
     small = Cascade.load(cfg.run_dir)
     assert small.fps == 2
     frames = small.sample(["a man smiles"], FAST)
@@ -372,7 +397,7 @@ def test_evaluate_reports_figures(configure, run_dir, tmp_path) -> None:
     cfg = configure("evaluate.clips=6", f"out={tmp_path}")
     evaluate.main(cfg)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["samples"] == len(list((tmp_path / "clips").glob("*.mp4"))) > 3
+    assert report["samples"] == len(list((tmp_path / "clips" / "base").glob("*.mp4"))) > 3
     assert 0 <= report["attribute_accuracy"] <= 1 < 1 + report["ceiling_accuracy"]
     evaluate.main(configure("evaluate.metric=nearest", "evaluate.split=train", f"out={tmp_path}"))
     assert 0 <= json.loads((tmp_path / "report.json").read_text())["nearest_is_own_clip"] <= 1

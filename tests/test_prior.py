@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from dalle2_video.diffusion.objective import DiffusionConfig
-from dalle2_video.generate import SampleConfig, sample_embeddings
 from dalle2_video.models.prior import Prior, PriorConfig, attention_mask
 from dalle2_video.models.video_clip import TextEncoding
 from dalle2_video.models.whitening import Whitening
+from dalle2_video.sampling import SampleConfig, sample_embeddings
 from tests.test_unet3d import awake
 
 CONFIG = PriorConfig(width=32, layers=2, heads=2, noise_draws=3)

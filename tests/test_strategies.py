@@ -26,7 +26,7 @@ from tests.test_pipeline import JOINT, SMALL, composed
 STEPS, BATCH = 20, 8
 LENGTH = [
     f"{key}.train.{setting}"
-    for key in ("clip", "prior", "unets.base")
+    for key in ("clip", "prior", "unets.base", "unets.tsr", "unets.ssr")
     for setting in (f"clips={STEPS * BATCH}", f"log_every_clips={BATCH}", "save_every_clips=80")
 ]
 JOBS = {
@@ -34,6 +34,8 @@ JOBS = {
     "prior": ("prior", []),
     "base": ("base", []),
     "joint": ("base", JOINT),
+    "tsr": ("tsr", []),
+    "ssr": ("ssr", []),
 }
 ALL = list(JOBS)
 JOBS["short"] = ("base", ["unets.base.train.clips=48", "unets.base.train.save_every_clips=48"])

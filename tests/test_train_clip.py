@@ -109,7 +109,8 @@ def overrides(data: Path, run: Path, *more: str) -> list[str]:
     """Tiny sizes on the command line of train_clip.py."""
     model = "clip.model"
     return [
-        f"data.root={data}", f"run_dir={run}", "data.size=16", "data.num_frames=4",
+        f"data.root={data}", f"run_dir={run}", "data.fps=4", "data.size=16", "data.num_frames=4",
+        f"{model}.video.image_size=16", f"{model}.video.num_frames=4",
         "data.splits={train: 0.6, val: 0.25, combo: 0.15}", f"{model}.embed_dim=16",
         f"{model}.video.width=32", f"{model}.video.heads=2", f"{model}.video.spatial_layers=1",
         f"{model}.video.temporal_layers=1", f"{model}.text.width=32", f"{model}.text.layers=1",
@@ -277,7 +278,7 @@ def test_gradient_accumulation_is_refused_with_the_reason(data, store):
 
 def test_clips_of_another_size_are_refused(data, store):
     with pytest.raises(ConfigError, match=r"takes 4 frames of 32 px, .* 4 frames of 16 px"):
-        clip_stage(section(data, "data.size=32"), store, 0)
+        clip_stage(section(data, "clip.model.video.image_size=32"), store, 0)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from dalle2_video.data.atomic import whole
 from dalle2_video.data.captions import Line
 from dalle2_video.data.frame import ClipError
 from dalle2_video.data.texts import ShardTexts, StoreError
-from dalle2_video.data.video import decode_window
+from dalle2_video.data.video import decode_window, has_view
 
 __all__ = ["ClipStore", "Settings", "ShardWriter", "StoreError", "split_of", "youtube_id"]
 
@@ -96,7 +96,7 @@ class Settings:
 
     def has_view(self, num_frames: int, size: int) -> bool:
         """Whether `to_float` can show a window to a network of that many frames and pixels."""
-        return self.num_frames % num_frames == 0 and self.size % size == 0
+        return has_view(self.num_frames, self.size, num_frames, size)
 
     def view_fps(self, num_frames: int) -> float:
         """Frames per second of such a view."""

@@ -18,7 +18,7 @@ import math
 import os
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -266,11 +266,13 @@ def encode_mp4(
     crf: int = 18,
     preset: str = "veryfast",
     pix_fmt: str = "yuv420p",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes uint8 RGB (F, H, W, 3) as H.264, tagged BT.709 and limited range.
 
     H and W must be even with 4:2:0 chroma (yuv420p), or ValueError. A path is written under a
     temporary name in its folder and renamed when whole; a binary file object is written in place.
+    metadata: keys that mp4 knows, such as title and comment.
     """
     frames = np.ascontiguousarray(frames.cpu().numpy() if isinstance(frames, Tensor) else frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
@@ -278,19 +280,26 @@ def encode_mp4(
     if pix_fmt == "yuv420p" and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f"H.264 with 4:2:0 chroma needs even sides, not {frames.shape[1:3]}")
     if not isinstance(target, str | os.PathLike):
-        _encode(target, frames, fps, crf, preset, pix_fmt)
+        _encode(target, frames, fps, crf, preset, pix_fmt, metadata)
         return
     with whole(Path(target)) as partial:
-        _encode(str(partial), frames, fps, crf, preset, pix_fmt)
+        _encode(str(partial), frames, fps, crf, preset, pix_fmt, metadata)
 
 
 def _encode(
-    file: str | BinaryIO, frames: np.ndarray, fps: float, crf: int, preset: str, pix_fmt: str
+    file: str | BinaryIO,
+    frames: np.ndarray,
+    fps: float,
+    crf: int,
+    preset: str,
+    pix_fmt: str,
+    metadata: Mapping[str, str] | None,
 ) -> None:
     rate = Fraction(fps).limit_denominator(1001)
     # The index goes to the front, for players in a page; that re-reads the file: a path is needed.
     options = {"movflags": "faststart"} if isinstance(file, str) else {}
     with av.open(file, "w", format="mp4", options=options) as container:
+        container.metadata.update(metadata or {})
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.options = {"crf": str(crf), "preset": preset}
@@ -343,6 +352,11 @@ def decode_window(data: np.ndarray, out: np.ndarray) -> None:
 # ---------------------------------------------------------------- axes and range
 
 
+def has_view(stored_frames: int, side: int, num_frames: int, size: int) -> bool:
+    """Whether `to_float` can show a clip to a network of that many frames and pixels."""
+    return stored_frames % num_frames == 0 and side % size == 0
+
+
 def to_float(frames: Tensor, num_frames: int | None = None, size: int | None = None) -> Tensor:
     """uint8 (B, F, H, W, 3) -> float32 (B, 3, F, H, W) in [-1, 1], on the tensor's own device.
 
@@ -352,7 +366,7 @@ def to_float(frames: Tensor, num_frames: int | None = None, size: int | None = N
     """
     stored_frames, side = frames.shape[1:3]
     num_frames, size = num_frames or stored_frames, size or side
-    if stored_frames % num_frames or side % size:
+    if not has_view(stored_frames, side, num_frames, size):
         raise ValueError(
             f"{stored_frames} frames of {side} px have no view of {num_frames} frames of {size} px"
         )

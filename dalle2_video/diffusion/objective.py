@@ -95,7 +95,16 @@ def loss_weight(config: DiffusionConfig, log_snr: Tensor) -> Tensor:
     return on_x0.clamp(max=config.max_weight) / error_scale(config.prediction, log_snr)
 
 
-def per_sample_loss(config: DiffusionConfig, prediction: Tensor, noised: Noised) -> Tensor:
-    """Weighted mean squared error (B,), computed in float32 whatever the network's precision."""
-    error = (prediction.float() - noised.target).square().flatten(1).mean(1)
-    return loss_weight(config, noised.log_snr) * error
+def per_sample_loss(
+    config: DiffusionConfig, prediction: Tensor, noised: Noised, given: Tensor | None = None
+) -> Tensor:
+    """Weighted mean squared error (B,), computed in float32 whatever the network's precision.
+
+    given: bool (F,), of clips (B, C, F, H, W), frames that sampling takes over from elsewhere: they
+    do not count.
+    """
+    error = (prediction.float() - noised.target).square()
+    if given is not None:
+        counts = (~given).float()
+        error = error * (counts / counts.mean())[:, None, None]
+    return loss_weight(config, noised.log_snr) * error.flatten(1).mean(1)

@@ -1,7 +1,8 @@
 """Samplers: pure functions of (denoiser, starting noise, log-SNR steps, noise source).
 
 A denoiser maps (z, log_snr) to x0. The steps run from the noisy end to the clean end. The last
-step returns x0 itself.
+step returns x0 itself. A copy of z is worked on in place, so a denoiser must not keep what it is
+given; at most four clips are held at a time.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ def ddim(
     eta 0 is deterministic, eta 1 is the ancestral sampler with gamma 0; between them the deviation
     of the fresh noise is eta times the lower bound. eta > 0 needs `noise`.
     """
+    z = z.clone()
     x0 = z
     for i in range(len(steps) - 1):
-        now, after = steps[i].expand(z.shape[0]), steps[i + 1]
-        x0 = denoise(z, now)
-        alpha, sigma = alpha_sigma(after)
-        fresh = eta * (_gone(steps[i], after) * sigma.square()).sqrt()
-        z = alpha * x0 + (sigma.square() - fresh.square()).sqrt() * eps_from_x0(x0, z, now)
+        now, after = steps[i], steps[i + 1]
+        x0 = denoise(z, now.expand(z.shape[0]))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(now), alpha_sigma(after)
+        fresh = eta * (_gone(now, after) * sigma_s.square()).sqrt()
+        ratio = (
+            sigma_s.square() - fresh.square()
+        ).sqrt() / sigma_t  # of eps = (z - alpha x0) / sigma
+        z.mul_(ratio).addcmul_(x0, alpha_s - ratio * alpha_t)
         if noise is not None and eta > 0:
-            z = z + fresh * noise(i)
+            z.addcmul_(noise(i), fresh)
         if progress is not None:
             progress(i)
     return x0
@@ -55,16 +60,18 @@ def dpm_solver(
     is the last, which ends at sigma = 0, where the answer is x0 itself.
     """
     half = steps / 2  # the paper's lambda = log(alpha / sigma)
+    z = z.clone()
     x0, previous = z, None
     for i in range(len(steps) - 1):
         x0 = denoise(z, steps[i].expand(z.shape[0]))
         h = half[i + 1] - half[i]
-        bent = x0
-        if previous is not None:
-            r = (half[i] - half[i - 1]) / h
-            bent = x0 + (x0 - previous) / (2 * r)
         (_, sigma_t), (alpha_s, sigma_s) = alpha_sigma(steps[i]), alpha_sigma(steps[i + 1])
-        z = (sigma_s / sigma_t) * z - alpha_s * torch.expm1(-h) * bent
+        share, bend = -alpha_s * torch.expm1(-h), torch.zeros_like(h)
+        z.mul_(sigma_s / sigma_t)
+        if previous is not None:
+            bend = h / (2 * (half[i] - half[i - 1]))  # 1 / (2 r)
+            z.addcmul_(previous, -share * bend)
+        z.addcmul_(x0, share * (1 + bend))
         previous = x0
         if progress is not None:
             progress(i)
@@ -86,20 +93,21 @@ def ancestral(
     corrector: step size of the Langevin step after each predictor step (their appendix; 0.1 there),
     which costs a second evaluation; it draws noise(num_steps + i).
     """
+    z = z.clone()
     x0, last = z, len(steps) - 2
     for i in range(len(steps) - 1):
         now, after = steps[i], steps[i + 1]
         x0 = denoise(z, now.expand(z.shape[0]))
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(now), alpha_sigma(after)
         gone = _gone(now, after)
-        mean = torch.exp(now - after) * (alpha_s / alpha_t) * z + gone * alpha_s * x0
+        z.mul_(torch.exp(now - after) * (alpha_s / alpha_t)).addcmul_(x0, gone * alpha_s)
         lower, upper = gone * sigma_s.square(), gone * sigma_t.square()
         deviation = (lower.log() * (1 - gamma) + upper.log() * gamma).mul(0.5).exp()
-        z = mean + deviation * noise(i)
+        z.addcmul_(noise(i), deviation)
         if corrector > 0 and i < last:
             eps = eps_from_x0(denoise(z, after.expand(z.shape[0])), z, after.expand(z.shape[0]))
             fresh = noise(len(steps) - 1 + i)
-            z = z - 0.5 * corrector * sigma_s * eps + corrector**0.5 * sigma_s * fresh
+            z.addcmul_(eps, -0.5 * corrector * sigma_s).addcmul_(fresh, corrector**0.5 * sigma_s)
         if progress is not None:
             progress(i)
     return x0

@@ -20,7 +20,8 @@ from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.face_attributes import FaceAttributes
 from dalle2_video.data.video import to_float, to_uint8
 from dalle2_video.evaluation.attributes import Probe, Score, score, targets_of
-from dalle2_video.generate import Cascade, Progress, SampleConfig
+from dalle2_video.generate import Cascade, Report
+from dalle2_video.sampling import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,7 @@ def alignment(
 
 def flat(prefix: str, result: Score, chance: bool = True) -> dict[str, float]:
     """A score as flat figures with names."""
-    figures = {
-        f"{prefix}_accuracy": result.mean,
-        f"{prefix}_accuracy_low": result.low,
-        f"{prefix}_accuracy_high": result.high,
-    }
+    figures = brief(f"{prefix}_accuracy", result)
     figures |= {f"{prefix}_accuracy_{name}": value for name, value in result.accuracy.items()}
     if chance:
         figures["attribute_chance"] = result.mean_chance
@@ -110,19 +107,31 @@ def evaluate_alignment(
     probe: Probe,
     clips: int,
     config: SampleConfig,
-    progress: Progress | None = None,
-) -> tuple[dict[str, float], Captions, Tensor]:
-    """Sample the captions as lines and as free text; (figures, captions, frames of the lines)."""
+    report: Report | None = None,
+) -> tuple[dict[str, float], Captions, dict[str, Tensor]]:
+    """Sample the captions as lines and as free text; (figures, captions, frames of the lines by
+    U-Net).
+
+    `attribute_*` and `light_rule_*` are of the cascade's last U-Net, `accuracy_of_<name>` of the
+    others, free sentences of the first one alone.
+    """
     captions = captions_of(dataset, clips)
     truth = [attributes[clip_id] for clip_id in captions.clip_ids]
-    frames = cascade.sample(captions.lines, config, progress=progress)
-    free = cascade.sample(captions.sentences, config, progress=progress)
-    figures = {"samples": float(len(truth))} | alignment(probe, frames, truth, captions.frames)
-    sentence = score(probe.network.predict(free), targets_of(truth))
-    figures["free_sentence_accuracy"] = sentence.mean
-    figures["free_sentence_accuracy_low"] = sentence.low
-    figures["free_sentence_accuracy_high"] = sentence.high
-    return figures, captions, frames
+    targets = targets_of(truth)
+    made = cascade.sample_stages(captions.lines, config, report=report)
+    *earlier, last = made
+    figures = {"samples": float(len(truth))} | alignment(probe, made[last], truth, captions.frames)
+    for name in earlier:
+        figures |= brief(f"accuracy_of_{name}", score(probe.network.predict(made[name]), targets))
+    first = next(iter(made))
+    free = cascade.sample_stages(captions.sentences, config, report=report, last=first)[first]
+    figures |= brief("free_sentence_accuracy", score(probe.network.predict(free), targets))
+    return figures, captions, made
+
+
+def brief(name: str, result: Score) -> dict[str, float]:
+    """The mean of a score and its interval."""
+    return {name: result.mean, f"{name}_low": result.low, f"{name}_high": result.high}
 
 
 def nearest_clips(samples: Tensor, clips: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.page import write_page
 from dalle2_video.evaluation.provenance import provenance
 
-SHARES = {"clip": 0.15, "prior": 0.10, "base": 0.75}  # of the minutes that are left for training
+# Of the minutes that are left for training.
+SHARES = {"clip": 0.14, "prior": 0.09, "base": 0.67, "tsr": 0.05, "ssr": 0.05}
+CASCADE = ("base", "tsr", "ssr")
 # Minutes of a script's start, and of sampling and judging: a + b / (GFLOP/s of float32 products).
 # Measured on an EPYC without AVX-512 (150 GFLOP/s: 0.45 and 2.5) and a Xeon with it (350).
 RESERVE = {"script": (0.1, 50.0), "evaluation": (0.2, 340.0)}
@@ -69,17 +71,16 @@ class Demo:
         self.script("preprocess", "preprocess.py")
         if "budget" not in self.state:
             script, evaluation = (a + b / self.state["gigaflops"] for a, b in RESERVE.values())
-            left = self.minutes - self.elapsed - evaluation - 3 * script
+            left = self.minutes - self.elapsed - evaluation - len(SHARES) * script
             if left <= 0:
                 raise SystemExit(f"{self.minutes:g} minutes leave nothing to train in; try 20")
             self.state["budget"] = {stage: left * share for stage, share in SHARES.items()}
-        for stage, script, key in (
-            ("clip", "train_clip.py", "clip"),
-            ("prior", "train_prior.py", "prior"),
-            ("base", "train_decoder.py", "unets.base"),
-        ):
-            minutes = self.state["budget"][stage]
-            self.script(stage, script, f"{key}.train.minutes={minutes:.3f}")
+        for stage in ("clip", "prior"):
+            minutes = f"{stage}.train.minutes={self.state['budget'][stage]:.3f}"
+            self.script(stage, f"train_{stage}.py", minutes)
+        for unet in CASCADE:
+            minutes = f"unets.{unet}.train.minutes={self.state['budget'][unet]:.3f}"
+            self.script(unet, "train_decoder.py", f"unet={unet}", minutes)
         self.script("evaluation", "evaluate.py", f"evaluate.clips={SAMPLES}", f"out={self.folder}")
         self.finish()
 
@@ -116,18 +117,18 @@ class Demo:
     def finish(self) -> None:
         """report.json, the page, and the table on the terminal."""
         judged = json.loads((self.folder / "report.json").read_text())
-        clip = last_validation(self.folder / "clip" / "metrics.jsonl")
-        prior = last_validation(self.folder / "prior" / "metrics.jsonl")
-        base = last_validation(self.folder / "base" / "metrics.jsonl")
+        trained = {
+            f"{name}_{figure}": value
+            for name in SHARES
+            for figure, value in last_validation(self.folder / name / "metrics.jsonl").items()
+        }
         stages = self.state["stages"]
         figures = {
             "minutes_total": self.elapsed,
             "minutes_budget": self.minutes,
             "peak_memory_gigabytes": max(s["peak_gigabytes_so_far"] for s in stages.values()),
             **{f"minutes_{name}": stage["minutes"] for name, stage in stages.items()},
-            **{f"clip_{name}": value for name, value in clip.items()},
-            **{f"prior_{name}": value for name, value in prior.items()},
-            **{f"base_{name}": value for name, value in base.items()},
+            **trained,
             **judged,
             "mixed_precision": self.state["precision"],
             # of the start: a finished demo that is called again shows its own commit
@@ -136,7 +137,7 @@ class Demo:
         write_json(self.folder / "report.json", figures)
         captions = json.loads((self.folder / "captions.json").read_text())
         rows = self.rows(figures)
-        write_page(self.folder, captions, rows, figures)
+        write_page(self.folder, captions, rows, figures, CASCADE)
         print_table(rows)
         print(f"look at {self.folder}/index.html, sheet.png and samples.mp4")
 
@@ -164,15 +165,19 @@ class Demo:
                 f"cosine to the clip's embedding, val {f['prior_cosine_to_video']:.2f}",
                 f"{f['prior_cosine_to_another_video']:.2f}",
             ),
-            Row(
-                "decoder",
-                minutes["base"],
-                f"loss on val {f['base_loss']:.4f} after {f['base_clips']:,.0f} clips",
-                "",
+            *(
+                Row(
+                    name,
+                    minutes[unet],
+                    f"loss on val {f[f'{unet}_loss']:.4f} after {f[f'{unet}_clips']:,.0f} clips",
+                    "",
+                )
+                for unet, name in zip(CASCADE, ("decoder", "frames", "pixels"), strict=True)
             ),
             Row(
                 "sampling", minutes["evaluation"], accuracy, f"{100 * f['attribute_chance']:.1f} %"
             ),
+            Row("  base alone", 0.0, f"{100 * f['accuracy_of_base']:.1f} %", ""),
             Row(
                 "  shuffled captions",
                 0.0,

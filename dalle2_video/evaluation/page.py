@@ -1,4 +1,4 @@
-"""One HTML page with a player per sampled clip, and all clips in one mp4."""
+"""One HTML page with the players of each sampled clip, and all clips in one mp4."""
 
 from __future__ import annotations
 
@@ -19,25 +19,37 @@ STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; text-align: left }
 tr:nth-child(even) { background: #f3f3f3 }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1.2em }
-video { width: 100%; image-rendering: pixelated; background: #000 } figure { margin: 0 }
-figcaption { font-size: 12px; color: #444 }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 1.2em }
+video { flex: 1; min-width: 0; image-rendering: pixelated; background: #000 }
+figure { margin: 0; display: flex; flex-wrap: wrap; gap: 4px }
+figcaption { font-size: 12px; color: #444; width: 100% }
 """
 
 
 def write_page(
-    folder: Path, captions: Sequence[str], rows: Sequence[Row], figures: Mapping[str, Any]
+    folder: Path,
+    captions: Sequence[str],
+    rows: Sequence[Row],
+    figures: Mapping[str, Any],
+    stages: Sequence[str],
 ) -> None:
-    """index.html over folder/clips/*.mp4, and samples.mp4: the same clips side by side, twice."""
-    paths = sorted((folder / "clips").glob("*.mp4"))[: len(captions)]
+    """index.html over folder/clips/<U-Net>/*.mp4, each clip as every U-Net made it; samples.mp4
+    with the last one's clips side by side.
+    """
+    paths = sorted((folder / "clips" / stages[-1]).glob("*.mp4"))[: len(captions)]
     table = "".join(
         f"<tr><td>{html.escape(r.stage)}<td>{r.minutes:.1f}<td>{html.escape(r.figure)}"
         f"<td>{html.escape(r.chance)}"
         for r in rows
     )
     players = "".join(
-        f'<figure><video src="clips/{path.name}" controls loop muted autoplay></video>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        "<figure>"
+        + "".join(
+            f'<video src="clips/{stage}/{path.name}" title="{stage}" controls loop muted autoplay>'
+            "</video>"
+            for stage in stages
+        )
+        + f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for path, caption in zip(paths, captions, strict=True)
     )
     (folder / "index.html").write_text(
@@ -45,11 +57,14 @@ def write_page(
         f"<h1>DALLE2-video: sampled from captions of unseen combinations</h1>"
         f"<p>commit {html.escape(str(figures['commit']))}, {html.escape(figures['hardware'])}</p>"
         f"<table><tr><th>stage<th>minutes<th>figure<th>chance{table}</table>"
+        f"<p>Each clip from left to right: {', '.join(stages)}.</p>"
         f'<div class="clips">{players}</div>',
         encoding="utf-8",
     )
     clips, fps = zip(*(read_mp4(path) for path in paths), strict=True)
-    encode_mp4(folder / "samples.mp4", grid(np.stack(clips)).repeat(4, 1).repeat(4, 2), fps[0])
+    scale = max(1, 128 // clips[0].shape[1])
+    tiled = grid(np.stack(clips)).repeat(scale, 1).repeat(scale, 2)
+    encode_mp4(folder / "samples.mp4", tiled, fps[0])
 
 
 def read_mp4(path: Path) -> tuple[np.ndarray, float]:

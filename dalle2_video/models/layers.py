@@ -60,6 +60,31 @@ class SpatialConv(nn.Conv2d):
         return y.permute(0, 2, 3, 1).unflatten(0, (batch, frames))
 
 
+class TemporalConv(nn.Module):
+    """Convolution over 3 frames at each position, a pre-norm residual branch that starts at zero.
+
+    In place of temporal attention (Ho et al. Oct 2022, section 2.2); so the network sees no more of
+    a clip's length than some frames. The clip's first and last frame are repeated beyond its ends.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mix = nn.Linear(3 * dim, dim)
+        zero_init(self.mix)
+
+    def forward(self, x: Tensor, images: int = 0) -> Tensor:
+        """x (B, F + J, H, W, C); the last J = `images` frames pass by."""
+        frames = x.shape[1] - images
+        if not frames:
+            return x
+        clip, stills = x[:, :frames], x[:, frames:]
+        y = F.silu(self.norm(clip))
+        around = torch.cat([y[:, :1], y, y[:, -1:]], dim=1)
+        mixed = self.mix(torch.cat([around[:, :-2], y, around[:, 2:]], dim=-1))
+        return torch.cat([clip + mixed, stills], dim=1) if images else clip + mixed
+
+
 class AdaptiveNorm(nn.Module):
     """Layer norm over channels of (B, F, H, W, C), scaled and shifted by a condition of each frame
     (B, F, cond_dim).

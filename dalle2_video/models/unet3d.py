@@ -8,6 +8,10 @@ embedding, so that each frame has a condition of its own (what a caption says of
 differs by frame); the text's own embedding and its pooled states join the time embedding (GLIDE;
 Imagen, Saharia et al. 2022); each text token is first joined with its neighbours.
 
+Super-resolution in time and space (Ho et al. Oct 2022, 2210.02303, sections 2.2 and 2.4): the same
+network with the smaller clip, made to fit (diffusion/conditioning.py), concatenated in channels,
+the level of its noise as a condition, and temporal convolution in place of attention.
+
 Joint training (section 3): J independent images are appended to the F frames of each clip, with
 conditions and noise levels of their own, I = B + B J in all: the clips' first, then image j of clip
 b at b J + j. They have no place in time.
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +37,7 @@ from dalle2_video.models.layers import (
     LogSNREmbedding,
     ResBlock,
     SpatialConv,
+    TemporalConv,
     Upsample,
     channels_to_space,
     sinusoidal,
@@ -50,8 +55,12 @@ class UnetConfig:
 
     image_size, num_frames: of the clips it is trained on. patch: pixel-unshuffle stem (1: none).
     mults: width of each level over dim; each level has half the resolution of the one before.
-    attention, cross_attention: per level. self_condition: it also sees its last estimate of the
-    clip (Chen et al. 2022, Analog Bits, section 3).
+    attention, cross_attention: per level. temporal: over the frames, attention beside the spatial
+    one, or convolution at every level. self_condition: it also sees its last estimate of the clip
+    (Chen et al. 2022, Analog Bits, section 3).
+
+    low_frames, low_size: of the smaller clip that a super-resolution network is given; None, none.
+    low_skip: the prediction, of x0, is what is to be added to that clip, resized and blended.
     """
 
     image_size: int = 32
@@ -63,11 +72,15 @@ class UnetConfig:
     blocks: int = 1
     attention: tuple[bool, ...] = (True, True)
     cross_attention: tuple[bool, ...] = (False, True)
+    temporal: Literal["attention", "convolution"] = "attention"
     head_dim: int = 64
     cond_dim: int = 256
     embedding_tokens: int = 4
     dropout: float = 0.0
     self_condition: bool = False
+    low_frames: int | None = None
+    low_size: int | None = None
+    low_skip: bool = False
 
     def __post_init__(self) -> None:
         levels = len(self.mults)
@@ -76,17 +89,58 @@ class UnetConfig:
                 f"attention {self.attention} and cross_attention {self.cross_attention} need one "
                 f"entry per level of mults {self.mults}"
             )
-        step = self.patch * 2 ** (levels - 1)
-        if self.image_size % step:
-            raise ValueError(f"image_size {self.image_size} is no multiple of {step}")
+        if self.image_size % self.step:
+            raise ValueError(f"image_size {self.image_size} is no multiple of {self.step}")
         for mult in self.mults:
             if self.dim * mult % self.head_dim:
                 raise ValueError(f"dim {self.dim} x {mult} is no multiple of {self.head_dim}")
+        if (self.low_frames is None) != (self.low_size is None):
+            raise ValueError("low_frames and low_size belong together: give both or neither")
+        if self.low_frames is None or self.low_size is None:
+            if self.low_skip:
+                raise ValueError("low_skip needs low_frames and low_size")
+            return
+        if self.num_frames % self.low_frames or self.image_size % self.low_size:
+            raise ValueError(
+                f"num_frames {self.num_frames} and image_size {self.image_size} must be multiples "
+                f"of low_frames {self.low_frames} and low_size {self.low_size}"
+            )
+        if self.times == (1, 1):
+            raise ValueError("low_frames and low_size are those of the clip: nothing is to be made")
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(C, F, H, W) of a clip."""
         return self.channels, self.num_frames, self.image_size, self.image_size
+
+    @property
+    def step(self) -> int:
+        """What the sides of its clips are multiples of."""
+        return self.patch * 2 ** (len(self.mults) - 1)
+
+    @property
+    def times(self) -> tuple[int, int]:
+        """How many times the frames and the pixels of the smaller clip; (1, 1): there is none."""
+        if self.low_frames is None or self.low_size is None:
+            return 1, 1
+        return self.num_frames // self.low_frames, self.image_size // self.low_size
+
+    @property
+    def low_copies(self) -> int:
+        """How many frames of the smaller clip each frame is given: those before and behind it, or
+        the same one.
+        """
+        return 0 if self.low_frames is None else 1 if self.times[0] == 1 else 2
+
+    @property
+    def sees_windows(self) -> bool:
+        """Whether no attention ties its frames together: it runs on windows of a longer clip."""
+        return self.temporal == "convolution" or not any(self.attention)
+
+    @property
+    def sees_crops(self) -> bool:
+        """Whether no attention ties its pixels together: it runs on crops of a larger clip."""
+        return not any(self.attention)
 
 
 class Condition(NamedTuple):
@@ -125,6 +179,18 @@ class Condition(NamedTuple):
         a, b = a.padded(tokens), b.padded(tokens)
         return Condition(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
 
+    def to(self, device: torch.device | str) -> Condition:
+        """The same on another device."""
+        return Condition(*(part.to(device) for part in self))
+
+    def rows(self, index: Tensor) -> Condition:
+        """Those of these clips, with no more text tokens than they need."""
+        picked = Condition(*(part[index] for part in self))
+        tokens = int((picked.text_place >= 0).sum(1).max())
+        return picked._replace(
+            text=picked.text[:, :tokens], text_place=picked.text_place[:, :tokens]
+        )
+
     def padded(self, tokens: int) -> Condition:
         """The same with this many text tokens."""
         more = tokens - self.text.shape[1]
@@ -132,6 +198,18 @@ class Condition(NamedTuple):
             text=F.pad(self.text, (0, 0, 0, more)),
             text_place=F.pad(self.text_place, (0, more), value=-1),
         )
+
+
+class Low(NamedTuple):
+    """The smaller clip as a super-resolution network takes it.
+
+    frames (B, low_copies C, F + J, H, W): fitted, with noise; log_snr (I,): of that noise; guess
+    (B, C, F + J, H, W): what low_skip adds to, None without it.
+    """
+
+    frames: Tensor
+    log_snr: Tensor
+    guess: Tensor | None
 
 
 class Neighbours(nn.Module):
@@ -167,12 +245,14 @@ class ConditionEncoder(nn.Module):
         self.whiten_text = Whitening(text_dim)
         self.whiten_text_embedding = Whitening(embedding_dim, floor=1.0)
         self.log_snr = LogSNREmbedding(dim)
+        self.low_log_snr = LogSNREmbedding(dim) if config.low_copies else None
         self.null_embedding = nn.Parameter(torch.randn(embedding_dim))
         self.null_text = nn.Parameter(torch.randn(text_dim))
         self.null_text_embedding = nn.Parameter(torch.randn(embedding_dim))
         self.embedding = nn.Linear(embedding_dim, dim)
         self.text_embedding = nn.Linear(embedding_dim, dim)
-        self.embedding_to_tokens = nn.Linear(embedding_dim, self.tokens * dim)
+        cross = any(config.cross_attention)  # DDP wants no weights that nothing uses
+        self.embedding_to_tokens = nn.Linear(embedding_dim, self.tokens * dim) if cross else None
         self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.neighbours = Neighbours(dim)
         self.pool_score = nn.Linear(dim, 8)
@@ -197,7 +277,10 @@ class ConditionEncoder(nn.Module):
             frames.insert(0, says[:clips, None].expand(-1, len(places) - images, -1))
         return self.mlp(torch.cat(frames, dim=1) + self.frame(places))
 
-    def forward(self, log_snr: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, log_snr: Tensor, condition: Condition, low: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """low: (I,), the log-SNR of the smaller clip."""
         embedding = torch.where(
             condition.keep_embedding[:, None],
             self.whiten_embedding(condition.embedding),
@@ -220,6 +303,11 @@ class ConditionEncoder(nn.Module):
         pooled = self.pool_norm(torch.einsum("bnk,bnd->bkd", score, text)).flatten(1)
         says = self.text_embedding(whole) + self.pool(pooled)
         says = self.log_snr(log_snr) + self.embedding(embedding) + says
+        if self.low_log_snr is not None:
+            assert low is not None
+            says = says + self.low_log_snr(low)
+        if self.embedding_to_tokens is None:
+            return says, text, mask
         extra = self.embedding_to_tokens(embedding).unflatten(-1, (self.tokens, -1))
         tokens = torch.cat([extra.to(text.dtype), text], dim=1)
         return says, tokens, F.pad(mask, (self.tokens, 0), value=True)
@@ -234,7 +322,10 @@ class Block(nn.Module):
         self.res = ResBlock(dim_in, dim, config.cond_dim, config.dropout)
         attention, cross = config.attention[level], config.cross_attention[level]
         self.space = SpatialAttention(dim, config.head_dim) if attention else nn.Identity()
-        self.time = TemporalAttention(dim, config.head_dim) if attention else None
+        if config.temporal == "convolution":
+            self.time = TemporalConv(dim)
+        else:
+            self.time = TemporalAttention(dim, config.head_dim) if attention else None
         self.cross = CrossAttention(dim, config.cond_dim, config.head_dim) if cross else None
 
     def forward(self, x: Tensor, cond: Tensor, tokens: Tensor, mask: Tensor, images: int) -> Tensor:
@@ -263,7 +354,8 @@ class Unet3D(nn.Module):
         dims = [config.dim * m for m in config.mults]
         patch_dim = config.channels * config.patch**2
         self.condition = ConditionEncoder(config, embedding_dim, text_dim)
-        self.stem = SpatialConv(patch_dim * (1 + config.self_condition), dims[0])
+        inputs = 1 + config.self_condition + config.low_copies
+        self.stem = SpatialConv(patch_dim * inputs, dims[0])
         self.frame_position = nn.Linear(FRAME_DIM, dims[0])
         self.down = nn.ModuleList()
         self.downsample = nn.ModuleList()
@@ -304,19 +396,30 @@ class Unet3D(nn.Module):
         condition: Condition,
         images: int = 0,
         before: Tensor | None = None,
+        low: Low | None = None,
     ) -> Tensor:
         """z (B, C, F + J, H, W), log_snr (I,), condition of I -> (B, C, F + J, H, W) in z's dtype.
 
         images: J; the clips may have no frame of their own. before: the last estimate of x0, like
-        z, where the network is self-conditioned; None: there is none yet.
+        z, where the network is self-conditioned; None: there is none yet. low: the smaller clip,
+        for super-resolution; frame 0 of z is then one that it has.
         """
+        frame = torch.arange(z.shape[2] - images, device=z.device)
+        if self.config.low_copies:
+            frame = frame % self.config.times[0]  # between known frames, wherever in the clip
         # from half a period per frame, so that even and odd frames can be told apart
-        frame = math.pi * torch.arange(z.shape[2] - images, device=z.device)
-        places = F.pad(sinusoidal(frame, FRAME_DIM, 100.0), (0, 0, 0, images))
-        says, tokens, mask = self.condition(log_snr, condition)
+        places = F.pad(sinusoidal(math.pi * frame, FRAME_DIM, 100.0), (0, 0, 0, images))
+        if (low is None) == bool(self.config.low_copies):
+            raise ValueError(
+                "low: a super-resolution network takes the smaller clip, others do not"
+            )
+        noise = None if low is None else low.log_snr
+        says, tokens, mask = self.condition(log_snr, condition, noise)
         cond = self.condition.per_frame(says, places, len(z), images)
         if self.config.self_condition:
             z = torch.cat([z, torch.zeros_like(z) if before is None else before], dim=1)
+        if low is not None:
+            z = torch.cat([z, low.frames], dim=1)
         x = self.stem(space_to_channels(z.permute(0, 2, 3, 4, 1), self.config.patch))
         x = x + self.frame_position(places)[None, :, None, None]
         inputs = cond, tokens, mask, images
@@ -335,4 +438,5 @@ class Unet3D(nn.Module):
             if level < len(self.upsample):
                 x = self.upsample[level](x)
         x = self.out(F.silu(self.norm(x, cond)))
-        return channels_to_space(x, self.config.patch).permute(0, 4, 1, 2, 3).to(z.dtype)
+        x = channels_to_space(x, self.config.patch).permute(0, 4, 1, 2, 3).to(z.dtype)
+        return x if low is None or low.guess is None else x + low.guess

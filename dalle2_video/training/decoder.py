@@ -1,6 +1,7 @@
 """Training of a U-Net of the cascade: its objective, its sample videos, and its Stage.
 
-Ho et al. 2022 (2204.03458) with the conditions of DALL-E 2 (Ramesh et al. 2022, section 2.1).
+Ho et al. 2022 (2204.03458) with the conditions of DALL-E 2 (Ramesh et al. 2022, section 2.1);
+super-resolution as in Ho et al. Oct 2022 (2210.02303), on random crops and windows of a clip.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dalle2_video import keyed
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import Batch
 from dalle2_video.data.video import to_float, to_uint8
+from dalle2_video.diffusion.conditioning import known_frames
 from dalle2_video.diffusion.objective import (
     DiffusionConfig,
     Noised,
@@ -25,8 +27,8 @@ from dalle2_video.diffusion.objective import (
     per_sample_loss,
 )
 from dalle2_video.diffusion.parameterization import to_x0
-from dalle2_video.generate import SampleConfig, sample_clips
-from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.models.unet3d import Condition, Low, Unet3D, UnetConfig
+from dalle2_video.sampling import ClipSampling, sample_clips
 from dalle2_video.training.conditions import (
     Conditions,
     TextEncoder,
@@ -36,6 +38,7 @@ from dalle2_video.training.conditions import (
 )
 from dalle2_video.training.environment import splits_weights
 from dalle2_video.training.stage import ConfigError, Loss, Sample, Stage, StepInfo, TrainConfig
+from dalle2_video.training.super_resolution import draw_corners, noisy_low, part_of
 
 SAMPLES = 8
 TOKENS_STEP = 128  # to a multiple of which text tokens are padded for a compiled network
@@ -63,6 +66,10 @@ class UnetSection:
     third more time. compile: torch.compile, whose first steps take minutes, once for each number of
     text tokens (padded to a multiple of TOKENS_STEP).
 
+    augmentation: log-SNRs between which the noise of the smaller clip is drawn evenly
+    (super-resolution alone); 10 is as good as none. crop, window: pixels and frames of the part of
+    each clip that it trains on, None = all; for networks without attention over them.
+
     images: independent frames that are appended to each clip (joint training, Ho et al. 2022,
     section 3; 8 for UCF101). image_only: share of the steps that train on those alone.
     """
@@ -71,6 +78,9 @@ class UnetSection:
     model: UnetConfig
     diffusion: DiffusionConfig
     drop: DropSection
+    augmentation: tuple[float, float] | None
+    crop: int | None
+    window: int | None
     images: int
     image_only: float
     activation_checkpointing: bool
@@ -84,6 +94,35 @@ class UnetSection:
             raise ValueError(f"image_only must be in [0, 1], not {self.image_only}")
         if self.image_only and not self.images:
             raise ValueError(f"image_only {self.image_only} needs images, which is 0")
+        self._check_super_resolution()
+
+    def _check_super_resolution(self) -> None:
+        model, (r, s) = self.model, self.model.times
+        if (self.augmentation is None) == bool(model.low_copies):
+            raise ValueError("augmentation belongs to model.low_frames and low_size")
+        if self.augmentation is not None and not self.augmentation[0] <= self.augmentation[1]:
+            raise ValueError(f"augmentation must not fall, got {self.augmentation}")
+        if model.low_skip and self.diffusion.prediction != "x0":
+            raise ValueError(
+                f"model.low_skip is for a prediction of x0, not of {self.diffusion.prediction}"
+            )
+        if self.images and r > 1:
+            raise ValueError(f"images {self.images}: a single frame has no frames between")
+        for name, part, whole, step, seen in (
+            ("crop", self.crop, model.image_size, max(s, model.step), model.sees_crops),
+            ("window", self.window, model.num_frames, r, model.sees_windows),
+        ):
+            if part is None:
+                continue
+            if not seen:
+                raise ValueError(f"{name} {part}: the network has attention over the whole clip")
+            if part > whole or part < 1 or part % step:
+                raise ValueError(f"{name} {part} must be a multiple of {step}, at most {whole}")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Frames and pixels of the part of a clip that it trains on."""
+        return self.window or self.model.num_frames, self.crop or self.model.image_size
 
 
 @dataclass(frozen=True)
@@ -93,6 +132,7 @@ class _Part:
     what: Literal["clips", "images"]
     noised: Noised
     condition: Condition
+    low: Low | None
 
 
 def join_frames(parts: list[Tensor], images: int) -> Tensor:
@@ -114,14 +154,27 @@ def split_frames(joined: Tensor, images: int) -> list[Tensor]:
     return [*clips, joined[:, :, frames:].transpose(1, 2).flatten(0, 1).unsqueeze(2)]
 
 
+def join_low(parts: list[Low], images: int) -> Low | None:
+    """`join_frames` for the smaller clips; None where there are none."""
+    if not parts:
+        return None
+    guesses = [part.guess for part in parts if part.guess is not None]
+    return Low(
+        join_frames([part.frames for part in parts], images),
+        torch.cat([part.log_snr for part in parts]),
+        join_frames(guesses, images) if guesses else None,
+    )
+
+
 def decoder_stage(
     name: str,
     section: UnetSection,
     conditions: Conditions,
-    sampling: SampleConfig,
+    sampling: ClipSampling,
     seed: int,
 ) -> Stage:
-    """The stage of one U-Net ("base"), on a view of the stored clips where they are larger.
+    """The stage of one U-Net ("base", "tsr", "ssr"), on a view of the stored clips where they are
+    larger.
 
     Raises ConfigError where the stored size or number of frames is no multiple of the network's.
     """
@@ -146,11 +199,15 @@ def decoder_stage(
     def noised(batch: Batch, step: StepInfo, what: Literal["clips", "images"]) -> _Part:
         assert batch.frames is not None and batch.embeddings is not None
         stream, frames = (name, model.num_frames) if what == "clips" else (f"{name}/image", 1)
-        x0 = to_float(batch.frames, frames, model.image_size)
+        counters, (window, crop) = batch.counters, section.part
+        part = min(frames, window), crop
+        whole = frames, model.image_size
+        corners = draw_corners(whole, part, model.times, step.seed, counters, stream)
+        x0 = part_of(batch.frames, whole, corners, part)
         text = encode(batch)
-        times = draw_times(step.seed, batch.counters, stream)
+        times = draw_times(step.seed, counters, stream)
         t = times.to(step.device, non_blocking=True)
-        shape, counters = x0.shape[1:], batch.counters
+        shape = x0.shape[1:]
         eps = keyed.randn(shape, step.seed, counters, f"{stream}/noise", step.device)
         dropped = "drop" if what == "clips" else f"{stream}/drop"
         keep = keep_masks(drop, step.seed, batch.counters, dropped)
@@ -163,7 +220,12 @@ def decoder_stage(
             text.embedding,
             keep_text,
         )
-        return _Part(what, add_noise(diffusion, x0, t, eps), condition)
+        low = None
+        if section.augmentation is not None:
+            low = noisy_low(
+                batch.frames, model, section.augmentation, corners, part, step, counters, stream
+            )
+        return _Part(what, add_noise(diffusion, x0, t, eps), condition, low)
 
     def objective(unet: nn.Module, batch: Batch, step: StepInfo) -> Loss:
         parts, images = [], 0
@@ -175,23 +237,27 @@ def decoder_stage(
         z = join_frames([part.noised.z for part in parts], images)
         log_snr = torch.cat([part.noised.log_snr for part in parts])
         condition = fitted(reduce(Condition.cat, [part.condition for part in parts]))
+        low = join_low([part.low for part in parts if part.low is not None], images)
         before = None
         # validation, which runs without gradient, goes the way of sampling
         if model.self_condition and (
             not torch.is_grad_enabled() or shared_coin(0.5, step, "self_condition")
         ):
             with torch.no_grad():
-                guess = split_frames(unet(z, log_snr, condition, images), images)
+                guess = split_frames(unet(z, log_snr, condition, images, None, low), images)
                 clean = [
                     to_x0(diffusion.prediction, one.float(), part.noised.z, part.noised.log_snr)
                     for one, part in zip(guess, parts, strict=True)
                 ]
                 before = join_frames(clean, images).clamp(-1, 1)
-        predictions = split_frames(unet(z, log_snr, condition, images, before), images)
-        losses = {
-            part.what: per_sample_loss(diffusion, prediction, part.noised).mean()
-            for prediction, part in zip(predictions, parts, strict=True)
-        }
+        predictions = split_frames(unet(z, log_snr, condition, images, before, low), images)
+        losses = {}
+        for prediction, part in zip(predictions, parts, strict=True):
+            given = None
+            if model.low_copies == 2:
+                given = known_frames(prediction.shape[2], model.times, step.device)
+            error = per_sample_loss(diffusion, prediction, part.noised, given)
+            losses[part.what] = error.mean()
         frames = {"clips": z.shape[2] - images, "images": images}  # every frame counts alike
         loss = sum(frames[what] * one for what, one in losses.items()) / z.shape[2]
         assert isinstance(loss, Tensor)
@@ -199,21 +265,21 @@ def decoder_stage(
         return Loss(loss, metrics)
 
     def samples(unet: nn.Module, accelerator: Accelerator) -> list[Sample]:
-        """Clips of `val` from their own captions and their own video embeddings."""
+        """Clips of `val` from their own captions and their own video embeddings, and their own
+        smaller clips.
+        """
         dataset = conditions.val_set
         pointers = [dataset.eval_pointer(i) for i in range(min(SAMPLES, len(dataset)))]
         batch = dataset.collate(pointers).to(accelerator.device)
         assert batch.embeddings is not None
         text = encode(batch)
         condition = fitted(Condition.of(batch.embeddings, text.states, text.place, text.embedding))
+        low = None
+        if model.low_frames is not None:
+            assert batch.frames is not None
+            low = to_float(batch.frames, model.low_frames, model.low_size)
         video = sample_clips(
-            unet,
-            model.clip_shape,
-            diffusion,
-            condition,
-            batch.counters,
-            sampling,
-            self_condition=model.self_condition,
+            unet, model, diffusion, condition, batch.counters, sampling, seed, low, stream=name
         )
         frames = to_uint8(video).cpu().numpy()
         captions = [" ".join(lines) for lines in batch.captions]

@@ -16,9 +16,9 @@ from dalle2_video import keyed
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import Batch, eval_loader
 from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
-from dalle2_video.generate import SampleConfig, sample_embeddings
 from dalle2_video.models.prior import Prior, PriorConfig
 from dalle2_video.models.whitening import Whitening
+from dalle2_video.sampling import SampleConfig, sample_embeddings
 from dalle2_video.training.conditions import Conditions, TextEncoder, draw_times
 from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
 

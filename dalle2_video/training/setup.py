@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dalle2_video.data.config import DataConfig, open_store
 from dalle2_video.data.preprocess import preprocess
 from dalle2_video.data.store import ClipStore, index_paths
-from dalle2_video.generate import SampleConfig
+from dalle2_video.sampling import SampleConfig
 from dalle2_video.training.environment import process_state
 from dalle2_video.training.log import check_wandb
 from dalle2_video.training.stage import RunConfig, from_config
