@@ -213,9 +213,9 @@ def sample_clips(
             known = two if times == 2 else condition
             before = smaller = None
             if given is not None:
-                smaller = Low(*(None if part is None else repeat(part, times) for part in given))
+                smaller = given if times == 1 else given.repeated(times)
             if model.self_condition and estimate is not None:
-                before = repeat(estimate[:, :, first : first + window], times)
+                before = estimate[:, :, first : first + window].repeat(times, 1, 1, 1, 1)
             return unet(z, log_snr, known, 0, before, smaller)
 
         denoise: Denoiser = denoiser(network, diffusion.prediction)
@@ -278,8 +278,3 @@ def low_input(
     """
     fitted = fit(low, model.times, first, frames)
     return Low(fitted, log_snr, blend(fitted, model.times, log_snr) if model.low_skip else None)
-
-
-def repeat(x: Tensor, times: int) -> Tensor:
-    """(B, ...) -> (times B, ...), the whole batch again and again."""
-    return x if times == 1 else x.repeat(times, *[1] * (x.ndim - 1))

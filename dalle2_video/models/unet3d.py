@@ -211,6 +211,11 @@ class Low(NamedTuple):
     log_snr: Tensor
     guess: Tensor | None
 
+    def repeated(self, times: int) -> Low:
+        """The whole batch again and again."""
+        guess = None if self.guess is None else self.guess.repeat(times, 1, 1, 1, 1)
+        return Low(self.frames.repeat(times, 1, 1, 1, 1), self.log_snr.repeat(times), guess)
+
 
 class Neighbours(nn.Module):
     """Adds to each token (B, N, C) what it makes of itself with the ones before and behind it.
