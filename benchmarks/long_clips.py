@@ -1,11 +1,17 @@
-"""Memory of sampling long clips in windows: one window's, and so many float32 copies of the clip.
+"""Long clips, sampled in windows: memory, and whether the seams show.
 
-    python -m benchmarks.long_clips
+    python -m benchmarks.long_clips memory
+    python -m benchmarks.long_clips seams --run-dir runs/demo
 
-Spatial super-resolution to 128 and 256 px of 16, 64 and 256 frames in windows of 16, each in a
-process of its own, by the peak of its resident memory. The weights are random: memory does not
+memory: spatial super-resolution to 128 and 256 px of 16, 64 and 256 frames in windows of 16, each
+in a process of its own, by the peak of its resident memory. The weights are random: memory does not
 depend on them. copies: what a clip takes more than one of a single window, over the float32 bytes
 of the frames that it has more.
+
+seams: rendered clips of 64 frames (8 seconds) of combo's people; every second frame at 32 px goes
+through a run's TSR and SSR, which were trained on 16. How far the brightness of a frame (mean
+luminance) is from the one before, where a window begins or ends, beside the same between all frames
+of the real clips; once as configured, once with windows that share nothing.
 """
 
 import argparse
@@ -14,16 +20,27 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
+from dalle2_video.data.faces import FaceFormat, draw_clip, plan
+from dalle2_video.data.sheet import save_sheet
+from dalle2_video.data.video import decode_clip, to_float, to_uint8
+from dalle2_video.diffusion.conditioning import window_starts
 from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.evaluation.light import LUMA
 from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.generate import Cascade
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
-from dalle2_video.sampling import ClipSampling, sample_clips
+from dalle2_video.sampling import ClipSampling, sample_clips, sample_embeddings
+from dalle2_video.training.setup import sample_config
 
 ROOT = Path(__file__).parents[1]
 WINDOW, STEPS = 16, 2
@@ -51,21 +68,14 @@ def sample(size: int, frames: int, sampler: str) -> None:
     print(json.dumps([peak, time.perf_counter() - begun]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--one", nargs=3, metavar=("SIZE", "FRAMES", "SAMPLER"), help="(inner)")
-    given = parser.parse_args()
-    if given.one:
-        sample(int(given.one[0]), int(given.one[1]), given.one[2])
-        return
+def memory() -> dict[str, float]:
+    """Each size, length and sampler in a process of its own."""
     figures: dict[str, float] = {}
     for sampler in ("dpm_solver", "ancestral"):
         for size in (128, 256):
             bytes_of = {}
             for frames in (WINDOW, 64, 256):
-                command = [sys.executable, "-m", "benchmarks.long_clips", "--one"]
+                command = [sys.executable, "-m", "benchmarks.long_clips", "memory", "--one"]
                 command += [str(size), str(frames), sampler]
                 done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
                 bytes_of[frames], seconds = json.loads(done.stdout.splitlines()[-1])
@@ -74,11 +84,95 @@ def main() -> None:
                 figures[f"{name}_seconds"] = round(seconds, 1)
                 if frames > WINDOW:
                     more = 4 * 3 * (frames - WINDOW) * size * size
-                    figures[f"{name}_copies"] = round(
-                        (bytes_of[frames] - bytes_of[WINDOW]) / more, 2
-                    )
+                    copies = (bytes_of[frames] - bytes_of[WINDOW]) / more
+                    figures[f"{name}_copies"] = round(copies, 2)
                 print(name, figures[f"{name}_megabytes"], figures.get(f"{name}_copies"), flush=True)
-    write_json(ROOT / "benchmarks" / "results" / "long_clips.json", figures | provenance())
+    return figures
+
+
+def long_faces(clips: int) -> tuple[torch.Tensor, list[list[str]]]:
+    """uint8 (clips, 64, 64, 64, 3) of combo's people, and a line of each category."""
+    form, frames, lines = FaceFormat(size=64, fps=8.0, seconds=8.0), [], []
+    people = [clip for clip in plan(4000, 0) if clip.split == "combo"][:clips]
+    for clip in tqdm(people, desc="rendering", unit="clip"):
+        file, texts = draw_clip(clip, form)
+        frames.append(decode_clip(file, fps=8.0, num_frames=64, size=64).frames)
+        lines.append([text.splitlines()[-1] for text in texts.values()])
+    return torch.from_numpy(np.stack(frames)), lines
+
+
+@torch.no_grad()
+def seams(run_dir: Path, clips: int) -> dict[str, float]:
+    """Jumps of brightness at the seams of TSR and SSR, and a picture."""
+    real, lines = long_faces(clips)
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        config = sample_config(compose("config"))
+    cascade = Cascade.load(run_dir, order=("base", "tsr", "ssr"))
+    text, counters = cascade.encode(lines), torch.arange(len(lines))
+    embedding = sample_embeddings(
+        cascade.prior, cascade.prior.whiten, cascade.prior_diffusion, text, counters, config
+    )
+    condition = Condition.of(embedding, text.states, text.place, text.embedding)
+    natural = jumps(to_float(real)).flatten()
+    figures = {"clips": float(len(lines)), "natural_jump_95": percentile(natural)}
+    for kind, overlap in (("blended", None), ("apart", 0)):
+        low = to_float(real, 32, 32)
+        for stage in cascade.stages[1:]:
+            how, model = config.stage(stage.name), stage.unet.config
+            how = how if overlap is None else replace(how, overlap=overlap)
+            parts = [
+                sample_clips(
+                    stage.unet, model, stage.diffusion, condition.rows(rows), counters[rows], how,
+                    0, low[rows], stream=stage.name,
+                )
+                for rows in tqdm(counters.split(4), desc=f"{stage.name} {kind}", unit="batch")
+            ]  # fmt: skip
+            low = torch.cat(parts)
+            window = how.window or model.num_frames
+            starts = window_starts(64, window, how.overlap, model.times[0])
+            places = sorted({*starts[1:], *(start + window for start in starts[:-1])})
+            found = jumps(low)
+            name = f"{stage.name}_{kind}"
+            figures[f"{name}_seam_jump_95"] = percentile(found[:, [p - 1 for p in places]])
+            rest = [p for p in range(63) if p + 1 not in places]
+            figures[f"{name}_other_jump_95"] = percentile(found[:, rest])
+        if kind == "blended":
+            shown = [
+                clip.numpy()
+                for pair in zip(to_uint8(low)[:3], real[:3], strict=True)
+                for clip in pair
+            ]
+            save_sheet(run_dir / "long.png", shown, ["sampled", "real"] * 3, frames_per_clip=16)
+    return figures
+
+
+def jumps(video: torch.Tensor) -> torch.Tensor:
+    """How far each frame's brightness is from the one before, (B, F - 1), of 255 levels."""
+    luminance = torch.einsum("bcfhw,c->bf", video, torch.tensor(LUMA)) / video[0, 0, 0].numel()
+    return (luminance[:, 1:] - luminance[:, :-1]).abs() * 127.5
+
+
+def percentile(values: torch.Tensor) -> float:
+    """The 95th."""
+    return float(torch.quantile(values.flatten(), 0.95))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("memory", "seams"))
+    parser.add_argument("--one", nargs=3, metavar=("SIZE", "FRAMES", "SAMPLER"), help="(inner)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--clips", type=int, default=32)
+    given = parser.parse_args()
+    if given.one:
+        sample(int(given.one[0]), int(given.one[1]), given.one[2])
+        return
+    figures = memory() if given.what == "memory" else seams(given.run_dir, given.clips)
+    print(json.dumps(figures, indent=1))
+    name = f"long_clips_{given.what}.json"
+    write_json(ROOT / "benchmarks" / "results" / name, figures | provenance())
 
 
 if __name__ == "__main__":
