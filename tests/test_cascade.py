@@ -15,8 +15,10 @@ import sample
 from dalle2_video.checkpoint import CheckpointError
 from dalle2_video.data.captions import CaptionError, text_to_lines
 from dalle2_video.data.output import write_clip
+from dalle2_video.data.video import to_float
 from dalle2_video.generate import Cascade, CascadeStage, check_chain
 from dalle2_video.sampling import ClipSampling, SampleConfig
+from dalle2_video.training.log import read_metrics
 from dalle2_video.training.stage import ConfigError
 from tests.launching import launch_command, run_launch
 from tests.test_pipeline import composed, configure, run_dir, train  # noqa: F401 (fixtures)
@@ -87,8 +89,6 @@ def test_the_nearest_of_several_candidates_is_kept(cascade) -> None:
         [text for text in TEXTS for _ in range(3)], FAST, range(9)
     )  # the same candidates, none left out
     text = cascade.encode(TEXTS).embedding
-    from dalle2_video.data.video import to_float
-
     with torch.no_grad():
         video = cascade.clip.encode_video(to_float(drawn["ssr"])).unflatten(0, (3, 3))
     kept = torch.einsum("bkd,bd->bk", video, text).argmax(1)
@@ -176,6 +176,16 @@ def test_settings_that_cannot_be(configure, run_dir, override: str, message: str
     unet = override.split(".")[1] if override.startswith("unets") else "tsr"
     with pytest.raises(ConfigError, match=message):
         train(unet, configure(override))
+
+
+def test_pixels_are_trained_with_images_too(configure, run_dir) -> None:  # noqa: F811
+    """They have a smaller clip, a level of noise and a crop of their own, and no neighbours."""
+    cfg = configure("unets.ssr.images=2", "unets.ssr.image_only=0.5", run="ssr_images")
+    shutil.copytree(run_dir / "clip", Path(cfg.run_dir) / "clip")
+    train("ssr", cfg)
+    lines = read_metrics(Path(cfg.run_dir) / "ssr" / "metrics.jsonl")
+    both = [(line["loss_clips"], line["loss_images"]) for line in lines if "loss_clips" in line]
+    assert both and all(0.001 < loss < 5 for pair in both for loss in pair)
 
 
 # ---------------------------------------------------------------- files

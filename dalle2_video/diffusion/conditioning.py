@@ -37,10 +37,10 @@ def fit(low: Tensor, times: Times, first: int = 0, frames: int | None = None) ->
     In time, where r > 1: the known frame before each (itself, if known) and, as C channels more,
     the one behind it; after the last known frame, that one again. first, frames: only these of F.
     """
-    r, s = times
-    index = torch.arange(first, first + (low.shape[2] * r if frames is None else frames))
-    before, behind = index // r, (-(-index // r)).clamp(max=low.shape[2] - 1)
-    begin, end = int(before[0]), int(behind[-1]) + 1
+    (r, s), length = times, low.shape[2]
+    frames = length * r if frames is None else frames
+    begin = first // r
+    end = min(-(-(first + frames - 1) // r), length - 1) + 1
     part = low[:, :, begin:end]
     if s > 1:
         size = [side * s for side in low.shape[3:]]
@@ -48,8 +48,9 @@ def fit(low: Tensor, times: Times, first: int = 0, frames: int | None = None) ->
         part = flat.unflatten(0, (len(low), -1)).transpose(1, 2)
     if r == 1:
         return part
-    both = [part[:, :, (which - begin).to(part.device)] for which in (before, behind)]
-    return torch.cat(both, dim=1)
+    index = torch.arange(first, first + frames, device=low.device)
+    before, behind = index // r, (-(-index // r)).clamp(max=length - 1)
+    return torch.cat([part[:, :, before - begin], part[:, :, behind - begin]], dim=1)
 
 
 def blend(fitted: Tensor, times: Times, log_snr: Tensor) -> Tensor:
