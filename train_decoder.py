@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.unet not in cfg.unets:
         raise ConfigError(f"unet={cfg.unet}: unets has only {', '.join(cfg.unets)}")
     section = from_config(UnetSection, cfg.unets[cfg.unet], f"unets.{cfg.unet}")
-    sampling = sample_config(cfg).stage(cfg.unet)
+    sampling = sample_config(cfg).of(cfg.unet, section.model)
     run = run_config(cfg, cfg.unet)
     conditions = load_conditions(
         cfg.run_dir, store_of(cfg), cfg.seed, section.captions, True, cfg.validation, section.images

@@ -52,7 +52,8 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
     text = TextEncoder(conditions.clip)(batch)
     condition = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
 
-    x0 = to_float(batch.frames)
+    model = unet.config
+    x0 = to_float(batch.frames, model.num_frames, model.image_size)
     motion = x0 - x0.mean(2, keepdim=True)
     figures = {"clips": float(len(x0)), "motion_energy": float(motion.square().mean())}
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
@@ -74,8 +75,7 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
     for start in range(0, len(x0), 32):
         part = Condition(*(tensor[start : start + 32] for tensor in condition))
         counters = batch.counters[start : start + 32]
-        shape, own = unet.config.clip_shape, unet.config.self_condition
-        video = sample_clips(unet, shape, diffusion, part, counters, config, self_condition=own)
+        video = sample_clips(unet, model, diffusion, part, counters, config, config.seed)
         samples.append(to_uint8(video))
     attributes = read_attributes(Path(data) / "attributes.jsonl")
     truth = targets_of([attributes[p.key.rsplit(":", 1)[0]] for p in pointers])

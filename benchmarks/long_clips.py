@@ -118,7 +118,8 @@ def seams(run_dir: Path, clips: int) -> dict[str, float]:
     for kind, overlap in (("blended", None), ("apart", 0)):
         low = to_float(real, 32, 32)
         for stage in cascade.stages[1:]:
-            how, model = config.stage(stage.name), stage.unet.config
+            model = stage.unet.config
+            how = config.of(stage.name, model)
             how = how if overlap is None else replace(how, overlap=overlap)
             parts = [
                 sample_clips(

@@ -85,19 +85,19 @@ class Judge:
     @torch.no_grad()
     def point(self, config: SampleConfig) -> dict[str, float]:
         """Figures of one setting."""
-        unet, parts, seconds = self.cascade.base, [], 0.0
+        base, parts, seconds = self.cascade.stages[0], [], 0.0
         bar = tqdm(total=len(self.conditions) * config.steps, unit="step", mininterval=20)
         for condition, counters in self.conditions:
             begun = time.perf_counter()
             video = sample_clips(
-                unet,
-                unet.config.clip_shape,
-                self.cascade.base_diffusion,
+                base.unet,
+                base.unet.config,
+                base.diffusion,
                 condition,
                 counters,
                 config,
-                bar.update,
-                unet.config.self_condition,
+                config.seed,
+                progress=bar.update,
             )
             seconds += time.perf_counter() - begun
             parts.append(to_uint8(video).cpu())

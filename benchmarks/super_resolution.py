@@ -30,7 +30,7 @@ from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.sheet import save_sheet
 from dalle2_video.data.video import to_float, to_uint8
-from dalle2_video.diffusion.conditioning import blend, fit, known_frames
+from dalle2_video.diffusion.conditioning import augment, blend, fit, known_frames
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.evaluation.attributes import load_probe
@@ -114,7 +114,7 @@ def high_energy(video: Tensor) -> float:
 def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]:
     """Figures of one network, and a picture."""
     unet, diffusion, _ = load_unet(folder / what / "model.safetensors", what)
-    model, how = unet.config, sample_config(cfg).stage(what)
+    model, how = unet.config, sample_config(cfg).of(what, unet.config)
     data, probe = HeldOut(folder, cfg), load_probe().network
     truth = to_float(data.frames, model.num_frames, model.image_size)
     if what == "tsr":  # the quarter with the most motion
@@ -141,7 +141,9 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
             )
         z = keyed.randn(truth.shape[1:], 0, torch.tensor(rows[part]), "one step")
         log_snr = first.expand(len(small))
-        given = low_input(small, torch.full((len(small),), how.augmentation), model)
+        given = torch.full((len(small),), how.augmentation)  # the noise that sampling has, too
+        noise = keyed.randn(small.shape[1:], 0, torch.tensor(rows[part]), "one step, low")
+        given = low_input(augment(small, given, noise), given, model)
         out = unet(z, log_snr, condition, 0, None, given)
         guess[part] = to_x0(diffusion.prediction, out, z, log_snr).clamp(-1, 1)
 

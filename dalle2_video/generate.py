@@ -5,6 +5,7 @@ B clips, F frames, H W, D embedding dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,47 +216,42 @@ class Cascade:
         batch, `num_steps` times in all. ValueError where there are candidates and the CLIP can see
         none of the clips.
         """
-        numbers, many = range(len(texts)) if numbers is None else numbers, config.candidates
+        names = [stage.name for stage in self.stages]
+        stages = self.stages[: names.index(last) + 1] if last else self.stages
         if not texts:  # more processes than texts
-            return {stage.name: torch.empty(0, dtype=torch.uint8) for stage in self.stages}
-        judge = self.judge if many > 1 else None
-        texts = [text for text in texts for _ in range(many)]
+            return {stage.name: torch.empty(0, dtype=torch.uint8) for stage in stages}
+        judge, many = self._judge(config, last)
+        numbers = range(len(texts)) if numbers is None else numbers
         counters = torch.tensor([many * number + j for number in numbers for j in range(many)])
+        condition = self._condition([t for t in texts for _ in range(many)], counters, config)
+        made: dict[str, Tensor] = {}
+        low: Tensor | None = None
+        for stage in stages:
+            low = self._stage(stage, condition, counters, low, config, report)
+            made[stage.name] = low
+            if stage.name == judge:
+                kept = self.nearest(low, condition.text_embedding, many)
+                condition, counters, low = condition.rows(kept), counters[kept], low[kept]
+                made = {name: clips[kept] for name, clips in made.items()}
+        return made
+
+    def _condition(
+        self, texts: Sequence[str | Sequence[str]], counters: Tensor, config: SampleConfig
+    ) -> Condition:
+        """What the texts and the prior's embeddings say, on the CPU."""
         size = config.batch_size
-        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        with placed(self.clip, self.device):
-            encoded = [self._encode(part) for part in parts]  # in float32, as in training
-        conditions = []
+        with placed(self.clip, self.device):  # in float32, as in training
+            encoded = [self._encode(texts[i : i + size]) for i in range(0, len(texts), size)]
+        parts = []
         with placed(self.prior, self.device):
             for text, keys in zip(encoded, counters.split(size), strict=True):
                 with self._autocast():
                     embedding = sample_embeddings(
                         self.prior, self.prior.whiten, self.prior_diffusion, text, keys, config
                     )
-                condition = Condition.of(embedding, text.states, text.place, text.embedding)
-                conditions.append(condition.to("cpu"))
-        made: dict[str, Tensor] = {}
-        low: Tensor | None = None
-        for stage in self.stages:
-            clips = []
-            lows = [None] * len(conditions) if low is None else low.split(size)
-            with placed(stage.unet, self.device):
-                for condition, keys, small in zip(
-                    conditions, counters.split(size), lows, strict=True
-                ):
-                    clips.append(self._stage(stage, condition, keys, small, config, report))
-            low = torch.cat(clips)
-            if judge is stage:
-                text = torch.cat([condition.text_embedding for condition in conditions])
-                kept = self.nearest(low, text, many)
-                low, counters = low[kept], counters[kept]
-                whole = reduce(Condition.cat, conditions)
-                conditions = [whole.rows(rows) for rows in kept.split(size)]
-                made = {name: clips[kept] for name, clips in made.items()}
-            made[stage.name] = low
-            if stage.name == last:
-                break
-        return made
+                part = Condition.of(embedding, text.states, text.place, text.embedding)
+                parts.append(part.to("cpu"))
+        return reduce(Condition.cat, parts)
 
     def _stage(
         self,
@@ -266,37 +262,51 @@ class Cascade:
         config: SampleConfig,
         report: Report | None,
     ) -> Tensor:
-        """One batch of one U-Net: uint8 (B, F, H, W, 3) on the CPU from the smaller clips, too."""
-        with self._autocast():
-            video = sample_clips(
-                stage.unet,
-                stage.unet.config,
-                stage.diffusion,
-                condition.to(self.device),
-                counters,
-                config.stage(stage.name),
-                config.seed,
-                None if low is None else to_float(low.to(self.device)),
-                None if report is None else lambda: report(stage.name),
-                "sample" if low is None else f"sample/{stage.name}",
-            )
-        return to_uint8(video).cpu()
+        """The clips of one U-Net: uint8 (B, F, H, W, 3) on the CPU; low: the one's before it."""
+        model = stage.unet.config
+        how, clips = config.of(stage.name, model), []
+        with placed(stage.unet, self.device):
+            for rows in torch.arange(len(counters)).split(how.batch_size):
+                with self._autocast():
+                    video = sample_clips(
+                        stage.unet,
+                        model,
+                        stage.diffusion,
+                        condition.rows(rows).to(self.device),
+                        counters[rows],
+                        how,
+                        config.seed,
+                        None if low is None else to_float(low[rows].to(self.device)),
+                        None if report is None else lambda: report(stage.name),
+                        "sample" if low is None else f"sample/{stage.name}",
+                    )
+                clips.append(to_uint8(video).cpu())
+        return torch.cat(clips)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     @property
-    def judge(self) -> CascadeStage:
+    def judge(self) -> str:
         """The first U-Net whose clips the CLIP can see; ValueError where there is none."""
-        video = self.clip.config.video
+        video, frames = self.clip.config.video, 0
         for stage in self.stages:
             model = stage.unet.config
-            if has_view(model.num_frames, model.image_size, video.num_frames, video.image_size):
-                return stage
+            frames = frames * model.times[0] if frames else model.num_frames
+            if has_view(frames, model.image_size, video.num_frames, video.image_size):
+                return stage.name
         raise ValueError(
             f"candidates: the video CLIP sees {video.num_frames} frames of {video.image_size} px, "
             "which no clip of the cascade can show it"
         )
+
+    def _judge(self, config: SampleConfig, last: str | None) -> tuple[str | None, int]:
+        """Behind which U-Net one of how many candidates is chosen; without that U-Net, of one."""
+        if config.candidates == 1:
+            return None, 1
+        names, judge = [stage.name for stage in self.stages], self.judge
+        reached = last is None or names.index(judge) <= names.index(last)
+        return (judge, config.candidates) if reached else (None, 1)
 
     def nearest(self, clips: Tensor, text: Tensor, many: int) -> Tensor:
         """Of each `many` clips, uint8 (B, F, H, W, 3), the index of the one whose embedding is
@@ -313,10 +323,11 @@ class Cascade:
 
     def num_steps(self, texts: int, config: SampleConfig, last: str | None = None) -> int:
         """How often `sample_stages` reports a step."""
-        steps, many = 0, config.candidates
+        steps, (judge, many) = 0, self._judge(config, last)
         for stage in self.stages:
-            steps += -(-texts * many // config.batch_size) * config.stage(stage.name).steps
-            if many > 1 and stage is self.judge:
+            how = config.of(stage.name, stage.unet.config)
+            steps += -(-texts * many // how.batch_size) * how.steps
+            if stage.name == judge:
                 many = 1
             if stage.name == last:
                 break
@@ -337,7 +348,7 @@ def check_chain(stages: Sequence[CascadeStage]) -> None:
         if not takes.low_copies:
             raise CheckpointError(f"cascade: {after.name!r} makes clips of text, so it comes first")
         low_fps = after.fps / takes.times[0]
-        if (made.image_size, before.fps) != (takes.low_size, low_fps):
+        if made.image_size != takes.low_size or not math.isclose(before.fps, low_fps):
             raise CheckpointError(
                 f"cascade: {after.name!r} was trained on clips of {takes.low_size} px at "
                 f"{low_fps:g} frames per second, but {before.name!r} makes {made.image_size} px at "

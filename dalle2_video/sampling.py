@@ -51,9 +51,10 @@ class ClipSampling:
     guidance_interval; or "oscillating", the first guidance_constant share of the steps, then every
     other one. guidance_rescale: see `guided`.
 
-    Of super-resolution: augmentation, the log-SNR of the noise on the smaller clip (Imagen Video:
-    1.1 to 1.6; 10 is as good as none). window: frames that the network sees at once of a longer
-    clip, None = as many as it was made for; overlap: what neighbouring windows share at least.
+    batch_size: clips at a time. Of super-resolution: augmentation, the log-SNR of the noise on the
+    smaller clip (Imagen Video: 1.1 to 1.6; 10 is as good as none). window: frames that the network
+    sees at once of a longer clip, None = as many as it was made for; overlap: what neighbouring
+    windows share at least.
     """
 
     sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
@@ -67,13 +68,15 @@ class ClipSampling:
     guidance_constant: float = 0.5
     guidance_rescale: float = 0.0
     threshold: Literal["none", "static", "dynamic"] = "static"
+    batch_size: int = 32
     augmentation: float = 6.0
     window: int | None = None
     overlap: int = 4
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eta", "gamma", "guidance_constant", "guidance_rescale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
@@ -98,7 +101,7 @@ class ClipSampling:
 
 @dataclass(frozen=True)
 class SampleConfig(ClipSampling):
-    """How to sample the cascade: the base U-Net as in ClipSampling, the others by `stages`.
+    """How to sample the cascade: its first U-Net as in ClipSampling, the others by `stages`.
 
     stages: U-Net -> how. prior_draws: embeddings drawn per clip, of which the one nearest to the
     text is kept (DALL-E 2 draws two). candidates: clips drawn per text, of which the one is kept
@@ -111,18 +114,17 @@ class SampleConfig(ClipSampling):
     prior_guidance_scale: float = 1.5
     prior_draws: int = 2
     candidates: int = 1
-    batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prior_steps", "prior_draws", "candidates", "batch_size"):
+        for name in ("prior_steps", "prior_draws", "candidates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def stage(self, name: str) -> ClipSampling:
+    def of(self, name: str, model: UnetConfig) -> ClipSampling:
         """How the U-Net of that name is sampled."""
-        return self if name == "base" else self.stages.get(name, ClipSampling())
+        return self.stages.get(name, ClipSampling()) if model.low_copies else self
 
 
 def sample_embeddings(
@@ -182,7 +184,7 @@ def sample_clips(
     noise. low (B, C, f, h, w): the smaller clip, for super-resolution, of any number of frames.
     Longer clips than the network's are sampled whole, but it sees a window of them at a time: the
     estimates of x0 are blended at each step, so that neighbouring windows agree. Memory: one
-    window's, and at most four clips.
+    window's and four clips, `low` with its noise among them (with a corrector, six).
     """
     device = condition.embedding.device
     r, s = model.times
@@ -214,7 +216,8 @@ def sample_clips(
             if given is not None:
                 smaller = given if times == 1 else given.repeated(times)
             if model.self_condition and estimate is not None:
-                before = estimate[:, :, first : first + window].repeat(times, 1, 1, 1, 1)
+                before = estimate[:, :, first : first + window].clamp(-1, 1)  # as in training
+                before = before.repeat(times, 1, 1, 1, 1)
             return unet(z, log_snr, known, 0, before, smaller)
 
         denoise: Denoiser = denoiser(network, diffusion.prediction)
@@ -234,10 +237,7 @@ def sample_clips(
         if first not in given:  # of several windows only the last one's is kept
             given.clear()
             given[first] = low_input(noisy, level, model, first, window)
-        x0 = denoise_at(first, given[first])(z, log_snr)
-        if r > 1 and s == 1:  # known frames, as they are
-            x0[:, :, ::r] = low[:, :, first // r : (first + window) // r]
-        return x0
+        return denoise_at(first, given[first])(z, log_snr)
 
     weights = window_weights(starts, window, frames).to(device)
 
@@ -251,21 +251,25 @@ def sample_clips(
                 x0[:, :, part].addcmul_(one, weight[:, None, None])
         else:
             x0 = denoise_window(0, z, log_snr)
+        if low is not None and r > 1 and s == 1:
+            x0[:, :, ::r] = low  # known frames, as they are
         if model.self_condition:
-            estimate = x0.clamp(-1, 1)  # as in training
+            estimate = x0
         return x0
 
     def noise(i: int) -> Tensor:
         return keyed.randn(shape, seed, counters, f"{stream}/{i}", device)
 
-    z = keyed.randn(shape, seed, counters, stream, device)
+    def start() -> Tensor:  # no name here holds it: the sampler works on a copy
+        return keyed.randn(shape, seed, counters, stream, device)
+
     report = None if progress is None else lambda _: progress()
     match config.sampler:
         case "dpm_solver":
-            return dpm_solver(denoise, z, steps, report)
+            return dpm_solver(denoise, start(), steps, report)
         case "ancestral":
-            return ancestral(denoise, z, steps, noise, config.gamma, config.corrector, report)
-    return ddim(denoise, z, steps, noise, config.eta, report)
+            return ancestral(denoise, start(), steps, noise, config.gamma, config.corrector, report)
+    return ddim(denoise, start(), steps, noise, config.eta, report)
 
 
 def low_input(

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 import evaluate
@@ -28,7 +29,10 @@ CHAIN = ["cascade=[base,tsr,ssr]", *SMALL_BASE]
 ORDER = ("base", "tsr", "ssr")
 FAST = SampleConfig(
     steps=2, prior_steps=2, batch_size=2, guidance_scale=2.0,
-    stages={"tsr": ClipSampling(steps=3), "ssr": ClipSampling(sampler="dpm_solver", steps=2)},
+    stages={
+        "tsr": ClipSampling(steps=3, batch_size=3),
+        "ssr": ClipSampling(sampler="dpm_solver", steps=2, batch_size=1),
+    },
 )  # fmt: skip
 TEXTS = ["a man smiles", "a woman nods", "a bald man. Dim light. He talks."]
 
@@ -56,7 +60,7 @@ def test_every_stage_hands_its_clips_to_the_next(cascade) -> None:
     }  # fmt: skip
     assert torch.equal(made["tsr"][:, ::2], made["base"])  # known frames, as they went in
     assert not torch.equal(made["tsr"][:, 1::2], made["base"])
-    assert steps == ["base"] * 4 + ["tsr"] * 6 + ["ssr"] * 4  # two batches each
+    assert steps == ["base"] * 4 + ["tsr"] * 3 + ["ssr"] * 6  # batches of 2, 3 and 1
     assert len(steps) == cascade.num_steps(3, FAST) and cascade.fps == 4
     assert cascade.num_steps(3, FAST, "base") == 4
     alone = cascade.sample_stages(TEXTS[1:2], FAST, [1])
@@ -81,7 +85,7 @@ def test_one_network_at_a_time_is_on_the_device(cascade, monkeypatch) -> None:
 
 def test_the_nearest_of_several_candidates_is_kept(cascade) -> None:
     many = SampleConfig(**{**FAST.__dict__, "candidates": 3})
-    assert cascade.judge.name == "ssr"  # the CLIP sees 8 frames of 32 px
+    assert cascade.judge == "ssr"  # the CLIP sees 8 frames of 32 px
     steps = []
     best = cascade.sample_stages(TEXTS, many, report=steps.append)
     assert len(steps) == cascade.num_steps(3, many)
@@ -100,11 +104,27 @@ def test_the_nearest_of_several_candidates_is_kept(cascade) -> None:
 
 def test_candidates_are_judged_as_early_as_the_clip_can_see(cascade, configure, run_dir) -> None:  # noqa: F811
     base = Cascade.load(run_dir, order=("base",))  # 8 frames of 32 px
-    assert base.judge.name == "base"
+    assert base.judge == "base"
+    # stopped before the judge there is nothing to choose from: one clip per text
+    many = SampleConfig(**{**FAST.__dict__, "candidates": 3})
+    steps = []
+    made = cascade.sample_stages(TEXTS, many, report=steps.append, last="base")
+    assert len(made["base"]) == 3 and len(steps) == cascade.num_steps(3, many, "base")
     model = cascade.stages[0]
     blind = Cascade(cascade.clip, (cascade.prior, cascade.prior_diffusion), [model])
     with pytest.raises(ValueError, match="sees 8 frames of 32 px, which no clip of the cascade"):
         blind.sample(TEXTS, SampleConfig(candidates=2))
+
+
+def test_the_chosen_candidate_goes_on_with_its_own_number_and_text(cascade, monkeypatch) -> None:
+    """Chosen behind the base: the later U-Nets make of it what they make of it without a choice."""
+    monkeypatch.setattr(Cascade, "judge", "base")
+    monkeypatch.setattr(cascade, "nearest", lambda clips, text, many: torch.tensor([2, 3, 7]))
+    best = cascade.sample_stages(TEXTS, SampleConfig(**{**FAST.__dict__, "candidates": 3}))
+    every = [text for text in TEXTS for _ in range(3)]
+    drawn = cascade.sample_stages(every, FAST, range(9))
+    for name, clips in drawn.items():
+        assert (best[name].int() - clips[[2, 3, 7]].int()).abs().max() <= 1, name
 
 
 # ---------------------------------------------------------------- what is refused
@@ -159,8 +179,8 @@ def test_empty_texts_are_refused_and_long_ones_split(cascade) -> None:
         ("unets.ssr.crop=10", "crop 10 must be a multiple of 8"),
         ("unets.ssr.crop=64", "at most 32"),
         ("unets.tsr.window=3", "window 3 must be a multiple of 2"),
-        ("unets.base.window=4", "window 4: the network has attention"),
-        ("unets.base.crop=16", "crop 16: the network has attention"),
+        ("unets.base.window=4", "window 4: the network needs the whole clip"),
+        ("unets.base.crop=16", "crop 16: the network needs the whole clip"),
         ("unets.tsr.images=2", "images 2: a single frame has no frames between"),
         ("unets.tsr.augmentation=null", "augmentation belongs to"),
         ("unets.base.augmentation=[1,2]", "augmentation belongs to"),
@@ -170,6 +190,8 @@ def test_empty_texts_are_refused_and_long_ones_split(cascade) -> None:
         ("unets.ssr.model.image_size=64", "unets.ssr.model makes 8 frames of 64 px"),
         ("+sample.stages.tsr.stepz=2", "sample.stages.tsr.stepz: unknown key"),
         ("sample.stages.tsr.steps=0", "sample.stages.tsr: steps must be at least 1"),
+        ("+sample.stages.srr.steps=2", "sample.stages.srr: unets has only base, tsr, ssr"),
+        ("+sample.stages.base.steps=2", "sample.stages.base: it makes clips of text"),
     ],
 )
 def test_settings_that_cannot_be(configure, run_dir, override: str, message: str) -> None:  # noqa: F811
@@ -267,6 +289,15 @@ def test_evaluation_reads_every_stage(configure, chain_dir, tmp_path) -> None:  
         assert 0 <= report[f"{name}_low"] <= report[name] <= report[f"{name}_high"] <= 1
     for stage in ORDER:
         assert len(list((tmp_path / "clips" / stage).glob("*.mp4"))) == 4
+
+
+@pytest.mark.parametrize("size", ["demo", "celebvtext_256"])
+def test_every_value_of_a_stage_can_be_set(size) -> None:
+    """No section is a reference to another one's, which could not be overridden."""
+    for key in ("model.dim", "diffusion.shift", "captions.order", "drop.text", "train.batch_size"):
+        cfg = composed(f"size={size}", *(f"unets.{u}.{key}=7" for u in ("tsr", "ssr")))
+        assert OmegaConf.select(cfg.unets.tsr, key) == OmegaConf.select(cfg.unets.ssr, key) == 7
+        assert OmegaConf.select(cfg.unets.base, key) != 7
 
 
 def test_the_default_configurations_chain() -> None:

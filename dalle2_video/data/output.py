@@ -47,6 +47,8 @@ def write_clip(
     info = PngInfo()
     info.add_itxt("title", title)
     info.add_itxt("comment", comment)
+    for old in (folder / name).glob("*.png"):  # of a longer clip, perhaps
+        old.unlink()
     for number, frame in enumerate(frames):
         with whole(folder / name / f"{number:04d}.png") as partial:
             Image.fromarray(frame).save(partial, format="PNG", pnginfo=info)

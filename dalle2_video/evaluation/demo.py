@@ -52,6 +52,8 @@ class Demo:
         self.state: dict[str, Any] = {"minutes": self.minutes, "stages": {}, **provenance()}
         if self.state_path.exists():
             self.state = json.loads(self.state_path.read_text())
+            if self.state.get("budget", SHARES).keys() != SHARES.keys():
+                raise SystemExit(f"{self.folder} holds a demo of other stages: remove it")
             if self.state["minutes"] != self.minutes:
                 raise SystemExit(
                     f"{self.folder} holds a demo of {self.state['minutes']:g} minutes: remove it, "

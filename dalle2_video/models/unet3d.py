@@ -100,6 +100,10 @@ class UnetConfig:
             if self.low_skip:
                 raise ValueError("low_skip needs low_frames and low_size")
             return
+        if min(self.low_frames, self.low_size) < 1:
+            raise ValueError(
+                f"low_frames {self.low_frames} and low_size {self.low_size} must be 1 or more"
+            )
         if self.num_frames % self.low_frames or self.image_size % self.low_size:
             raise ValueError(
                 f"num_frames {self.num_frames} and image_size {self.image_size} must be multiples "
@@ -134,8 +138,11 @@ class UnetConfig:
 
     @property
     def sees_windows(self) -> bool:
-        """Whether no attention ties its frames together: it runs on windows of a longer clip."""
-        return self.temporal == "convolution" or not any(self.attention)
+        """Whether it runs on windows of a longer clip: nothing ties its frames to the clip's
+        length, neither attention nor, as in a base, their places in the whole.
+        """
+        tied = self.temporal == "attention" and any(self.attention)
+        return bool(self.low_copies) and not tied
 
     @property
     def sees_crops(self) -> bool:

@@ -7,6 +7,7 @@ super-resolution as in Ho et al. Oct 2022 (2210.02303), on random crops and wind
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -109,13 +110,13 @@ class UnetSection:
         if self.images and r > 1:
             raise ValueError(f"images {self.images}: a single frame has no frames between")
         for name, part, whole, step, seen in (
-            ("crop", self.crop, model.image_size, max(s, model.step), model.sees_crops),
+            ("crop", self.crop, model.image_size, math.lcm(s, model.step), model.sees_crops),
             ("window", self.window, model.num_frames, r, model.sees_windows),
         ):
             if part is None:
                 continue
             if not seen:
-                raise ValueError(f"{name} {part}: the network has attention over the whole clip")
+                raise ValueError(f"{name} {part}: the network needs the whole clip")
             if part > whole or part < 1 or part % step:
                 raise ValueError(f"{name} {part} must be a multiple of {step}, at most {whole}")
 

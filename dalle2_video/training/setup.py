@@ -14,7 +14,9 @@ from dalle2_video.data.store import ClipStore, index_paths
 from dalle2_video.sampling import SampleConfig
 from dalle2_video.training.environment import process_state
 from dalle2_video.training.log import check_wandb
-from dalle2_video.training.stage import RunConfig, from_config
+from dalle2_video.training.stage import ConfigError, RunConfig, from_config
+
+UNETS = ("tsr", "ssr")  # of which configs/config.yaml speaks, whether a size has them or not
 
 
 def quote_texts(arguments: Sequence[str]) -> list[str]:
@@ -51,8 +53,16 @@ def store_of(cfg: DictConfig) -> ClipStore:
 
 
 def sample_config(cfg: DictConfig) -> SampleConfig:
-    """How to sample, from the section `sample`."""
-    return from_config(SampleConfig, cfg.sample, "sample")
+    """How to sample, from the section `sample`. ConfigError where it names no U-Net of `unets` that
+    makes more of a smaller clip.
+    """
+    config = from_config(SampleConfig, cfg.sample, "sample")
+    for name in config.stages:
+        if name not in UNETS and name not in cfg.unets:
+            raise ConfigError(f"sample.stages.{name}: unets has only {', '.join(cfg.unets)}")
+        if name in cfg.unets and cfg.unets[name].model.low_frames is None:
+            raise ConfigError(f"sample.stages.{name}: it makes clips of text, as `sample` says")
+    return config
 
 
 def run_config(cfg: DictConfig, stage: str) -> RunConfig:
