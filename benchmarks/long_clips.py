@@ -53,7 +53,7 @@ def sample(size: int, frames: int, sampler: str) -> None:
     model = UnetConfig(
         image_size=size, num_frames=WINDOW, patch=4, dim=64, mults=(1, 2), head_dim=32,
         attention=(False, False), cross_attention=(False, False), temporal="convolution",
-        low_frames=WINDOW, low_size=size // 4, low_skip=True,
+        low_frames=WINDOW, low_size=size // 4, residual=0.1,
     )  # fmt: skip
     net = Unet3D(model, 16, 16).eval()
     place = torch.zeros(1, 1, dtype=torch.int64)

@@ -30,7 +30,7 @@ from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.sheet import save_sheet
 from dalle2_video.data.video import to_float, to_uint8
-from dalle2_video.diffusion.conditioning import augment, blend, fit, known_frames
+from dalle2_video.diffusion.conditioning import blend, fit, known_frames
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.evaluation.attributes import load_probe
@@ -38,13 +38,14 @@ from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.generate import load_clip, load_prior, load_unet
 from dalle2_video.models.unet3d import Condition
-from dalle2_video.sampling import low_input, sample_clips, sample_embeddings
+from dalle2_video.sampling import Smaller, sample_clips, sample_embeddings
 from dalle2_video.training.conditions import TextEncoder
 from dalle2_video.training.setup import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]
 DRAWS, BATCH = 8, 16
-FOUR = ["unets.tsr.model.low_frames=4"]  # of 16
+ALL = slice(None)
+FOUR = ["unets.tsr.model.low_frames=4", "unets.tsr.window=null"]  # of 16
 
 
 def train(what: str, run_dir: Path, minutes: float, overrides: list[str]) -> Path:
@@ -141,11 +142,10 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
             )
         z = keyed.randn(truth.shape[1:], 0, torch.tensor(rows[part]), "one step")
         log_snr = first.expand(len(small))
-        given = torch.full((len(small),), how.augmentation)  # the noise that sampling has, too
-        noise = keyed.randn(small.shape[1:], 0, torch.tensor(rows[part]), "one step, low")
-        given = low_input(augment(small, given, noise), given, model)
-        out = unet(z, log_snr, condition, 0, None, given)
-        guess[part] = to_x0(diffusion.prediction, out, z, log_snr).clamp(-1, 1)
+        seen = Smaller(small, model, how.augmentation, 0, torch.tensor(rows[part]), "one step")
+        out = unet(z, log_snr, condition, 0, None, seen.at(ALL))
+        estimate = to_x0(diffusion.prediction, out, z, log_snr)
+        guess[part] = seen.to_pixels(estimate, ALL).clamp(-1, 1)
 
     def features(video: Tensor) -> Tensor:
         return probe.features(to_uint8(video))
@@ -159,7 +159,7 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
         last_known = model.num_frames - model.times[0]
         between = unknown & (torch.arange(model.num_frames) < last_known)
         behind = unknown & ~between
-        others = {"blending": blend(fitted, model.times, level), "repetition": fitted[:, :3]}
+        others = {"blending": blend(fitted, level, model.times), "repetition": fitted[:, :3]}
         mean = samples.mean(0)
         for name, frames in (("between", between), ("behind_the_last", behind)):
             figures[f"psnr_{name}_mean_of_8"] = psnr(mean[:, :, frames], truth[:, :, frames])

@@ -187,59 +187,47 @@ def sample_clips(
     window's and four clips, `low` with its noise among them (with a corrector, six).
     """
     device = condition.embedding.device
-    r, s = model.times
-    shape = model.clip_shape
+    shape, smaller = model.clip_shape, None
     if low is not None:
-        shape = (shape[0], low.shape[2] * r, low.shape[3] * s, low.shape[4] * s)
-        level = torch.full((len(low),), config.augmentation, device=device)
-        noisy = augment(
-            low, level, keyed.randn(low.shape[1:], seed, counters, f"{stream}/low", device)
-        )
-    frames = shape[1]
+        smaller = Smaller(low, model, config.augmentation, seed, counters, f"{stream}/low")
+        shape = smaller.clip_shape
+    frames, whole = shape[1], slice(None)
     window = config.window or model.num_frames
     windowed = model.sees_windows and window < frames
     window = window if windowed else frames
-    if window % r:
-        raise ValueError(f"window {window} is no multiple of the {r} frames that are made of one")
-    starts = window_starts(frames, window, config.overlap, r)
+    if window % model.times[0]:
+        raise ValueError(
+            f"window {window} is no multiple of the {model.times[0]} frames that are made of one"
+        )
+    starts = window_starts(frames, window, config.overlap, model.times[0])
+    weights = window_weights(starts, window, frames).to(device)
     two = Condition.cat(condition, condition.dropped())
     steps = sampler_steps(diffusion.schedule, config.steps, device)
     estimate: Tensor | None = None
 
-    def denoise_at(first: int, given: Low | None) -> Denoiser:
-        """What denoises frames first .. first + window - 1 of the clips."""
+    def denoise_at(part: slice) -> Denoiser:
+        """What denoises these frames of the clips."""
 
         def network(z: Tensor, log_snr: Tensor) -> Tensor:
             times = len(z) // len(counters)  # 2 with guidance
-            known = two if times == 2 else condition
-            before = smaller = None
-            if given is not None:
-                smaller = given if times == 1 else given.repeated(times)
+            before = given = None
+            if smaller is not None:
+                given = smaller.at(part).repeated(times)
             if model.self_condition and estimate is not None:
-                before = estimate[:, :, first : first + window].clamp(-1, 1)  # as in training
+                before = estimate[:, :, part].clamp(-1, 1)  # as in training
                 before = before.repeat(times, 1, 1, 1, 1)
-            return unet(z, log_snr, known, 0, before, smaller)
+            return unet(z, log_snr, two if times == 2 else condition, 0, before, given)
 
         denoise: Denoiser = denoiser(network, diffusion.prediction)
         if config.guidance_scale != 1:
             denoise = guided(denoise, config.scale(steps), config.guidance_rescale)
+        if smaller is not None:
+            denoise = smaller.in_pixels(denoise, part)
         if config.threshold == "static":
             denoise = static_threshold(denoise)
         elif config.threshold == "dynamic":
             denoise = dynamic_threshold(denoise)
-        return denoise
-
-    given = {}
-
-    def denoise_window(first: int, z: Tensor, log_snr: Tensor) -> Tensor:
-        if low is None:
-            return denoise_at(first, None)(z, log_snr)
-        if first not in given:  # of several windows only the last one's is kept
-            given.clear()
-            given[first] = low_input(noisy, level, model, first, window)
-        return denoise_at(first, given[first])(z, log_snr)
-
-    weights = window_weights(starts, window, frames).to(device)
+        return denoise if smaller is None else smaller.with_known(denoise, part)
 
     def denoise(z: Tensor, log_snr: Tensor) -> Tensor:
         nonlocal estimate
@@ -247,12 +235,10 @@ def sample_clips(
             x0 = torch.zeros_like(z)
             for first, weight in zip(starts, weights, strict=True):
                 part = slice(first, first + window)
-                one = denoise_window(first, z[:, :, part], log_snr)
+                one = denoise_at(part)(z[:, :, part], log_snr)
                 x0[:, :, part].addcmul_(one, weight[:, None, None])
         else:
-            x0 = denoise_window(0, z, log_snr)
-        if low is not None and r > 1 and s == 1:
-            x0[:, :, ::r] = low  # known frames, as they are
+            x0 = denoise_at(whole)(z, log_snr)
         if model.self_condition:
             estimate = x0
         return x0
@@ -264,20 +250,86 @@ def sample_clips(
         return keyed.randn(shape, seed, counters, stream, device)
 
     report = None if progress is None else lambda _: progress()
-    match config.sampler:
-        case "dpm_solver":
-            return dpm_solver(denoise, start(), steps, report)
-        case "ancestral":
-            return ancestral(denoise, start(), steps, noise, config.gamma, config.corrector, report)
-    return ddim(denoise, start(), steps, noise, config.eta, report)
+    if config.sampler == "dpm_solver":
+        x0 = dpm_solver(denoise, start(), steps, report)
+    elif config.sampler == "ancestral":
+        x0 = ancestral(denoise, start(), steps, noise, config.gamma, config.corrector, report)
+    else:
+        x0 = ddim(denoise, start(), steps, noise, config.eta, report)
+    if smaller is not None:
+        for first in range(0, frames, window):
+            part = slice(first, min(first + window, frames))
+            x0[:, :, part] = smaller.to_pixels(x0[:, :, part], part)
+        smaller.put_known(x0, whole)
+    return x0
 
 
-def low_input(
-    low: Tensor, log_snr: Tensor, model: UnetConfig, first: int = 0, frames: int | None = None
-) -> Low:
-    """The smaller clip (B, C, f, h, w) with its noise, log_snr (B,), as the network takes it.
+class Smaller:
+    """The smaller clip (B, C, f, h, w) in sampling: what the network is given of it, and the way
+    between pixels and what is diffused (`UnetConfig.residual`).
 
-    first, frames: of the larger clip, only these; both multiples of its times the frames.
+    A part is a slice of the larger clip's frames that begins at a known one.
     """
-    fitted = fit(low, model.times, first, frames)
-    return Low(fitted, log_snr, blend(fitted, model.times, log_snr) if model.low_skip else None)
+
+    def __init__(
+        self,
+        low: Tensor,
+        model: UnetConfig,
+        augmentation: float,
+        seed: int,
+        counters: Tensor,
+        stream: str,
+    ) -> None:
+        noise = keyed.randn(low.shape[1:], seed, counters, stream, low.device)
+        self.low, self.model = low, model
+        self.level = torch.full((len(low),), augmentation, device=low.device)
+        self.noisy = augment(low, self.level, noise)
+        self._last: tuple[slice, Low] | None = None
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the larger clip."""
+        (r, s), (channels, frames, height, width) = self.model.times, self.low.shape[1:]
+        return channels, frames * r, height * s, width * s
+
+    def at(self, part: slice) -> Low:
+        """What the network is given; the last part's is kept."""
+        if self._last is None or self._last[0] != part:
+            length = self.clip_shape[1]
+            first, end, _ = part.indices(length)
+            fitted = fit(self.noisy, self.model.times, first, end - first)
+            index = torch.arange(first, end, device=self.low.device)
+            place = (index * (self.model.num_frames / length)).expand(len(self.low), -1)
+            self._last = part, Low(fitted, self.level, place)
+        return self._last[1]
+
+    def guess(self, part: slice) -> Tensor:
+        """What the smaller clip alone says."""
+        given = self.at(part)
+        return blend(given.frames, given.log_snr, self.model.times)
+
+    def to_pixels(self, x: Tensor, part: slice) -> Tensor:
+        """From what is diffused."""
+        scale = self.model.residual
+        return scale * x + self.guess(part) if scale else x
+
+    def in_pixels(self, denoise: Denoiser, part: slice) -> Denoiser:
+        """The denoiser's estimates in pixels."""
+        return lambda z, log_snr: self.to_pixels(denoise(z, log_snr), part)
+
+    def with_known(self, denoise: Denoiser, part: slice) -> Denoiser:
+        """A denoiser in pixels with the frames that are known, and what is diffused out of it."""
+
+        def known(z: Tensor, log_snr: Tensor) -> Tensor:
+            x0 = denoise(z, log_snr)
+            self.put_known(x0, part)
+            scale = self.model.residual
+            return (x0 - self.guess(part)) / scale if scale else x0
+
+        return known
+
+    def put_known(self, x0: Tensor, part: slice) -> None:
+        """Put the known frames of this part into x0, as they are, where there are such."""
+        (r, s), (first, end, _) = self.model.times, part.indices(self.clip_shape[1])
+        if r > 1 and s == 1:
+            x0[:, :, ::r] = self.low[:, :, first // r : end // r]

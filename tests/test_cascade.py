@@ -176,7 +176,7 @@ def test_empty_texts_are_refused_and_long_ones_split(cascade) -> None:
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("unets.ssr.crop=10", "crop 10 must be a multiple of 8"),
+        ("unets.ssr.crop=10", "crop 10 must be a multiple of 4"),
         ("unets.ssr.crop=64", "at most 32"),
         ("unets.tsr.window=3", "window 3 must be a multiple of 2"),
         ("unets.base.window=4", "window 4: the network needs the whole clip"),
@@ -185,7 +185,6 @@ def test_empty_texts_are_refused_and_long_ones_split(cascade) -> None:
         ("unets.tsr.augmentation=null", "augmentation belongs to"),
         ("unets.base.augmentation=[1,2]", "augmentation belongs to"),
         ("unets.tsr.augmentation=[3,2]", "augmentation must not fall"),
-        ("unets.tsr.diffusion.prediction=v", "low_skip is for a prediction of x0, not of v"),
         ("unets.tsr.model.low_frames=3", "low_frames 3"),
         ("unets.ssr.model.image_size=64", "unets.ssr.model makes 8 frames of 64 px"),
         ("+sample.stages.tsr.stepz=2", "sample.stages.tsr.stepz: unknown key"),

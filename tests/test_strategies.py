@@ -34,7 +34,7 @@ JOBS = {
     "prior": ("prior", []),
     "base": ("base", []),
     "joint": ("base", JOINT),
-    "tsr": ("tsr", ["unets.tsr.model.low_skip=false", "unets.tsr.diffusion.prediction=v"]),
+    "tsr": ("tsr", ["unets.tsr.model.residual=0", "unets.tsr.diffusion.prediction=v"]),
     "ssr": ("ssr", []),
 }
 ALL = list(JOBS)

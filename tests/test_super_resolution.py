@@ -20,7 +20,7 @@ from dalle2_video.diffusion.conditioning import (
 from dalle2_video.diffusion.objective import DiffusionConfig, Noised, add_noise, per_sample_loss
 from dalle2_video.models.layers import TemporalConv
 from dalle2_video.models.unet3d import Condition, Low, Unet3D, UnetConfig
-from dalle2_video.sampling import ClipSampling, low_input, sample_clips
+from dalle2_video.sampling import ClipSampling, Smaller, sample_clips
 from dalle2_video.training.stage import StepInfo
 from dalle2_video.training.super_resolution import draw_corners, noisy_low, part_of
 from tests.test_unet3d import awake
@@ -42,6 +42,15 @@ def condition(batch: int) -> Condition:
     return Condition.of(embedding, torch.randn(batch, 5, 12), place, whole)
 
 
+def low_input(
+    low: torch.Tensor, level: torch.Tensor, model: UnetConfig, first=0, frames=None
+) -> Low:
+    """What the network is given, without noise."""
+    fitted = fit(low, model.times, first, frames)
+    place = torch.arange(first, first + fitted.shape[2]).expand(len(low), -1)
+    return Low(fitted, level, place)
+
+
 def low_clip(model: UnetConfig, batch: int = 2, frames: int | None = None) -> torch.Tensor:
     torch.manual_seed(2)
     assert model.low_frames is not None and model.low_size is not None
@@ -57,7 +66,7 @@ def test_each_frame_gets_the_known_one_before_and_behind_it() -> None:
     assert before.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
     assert behind.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
     level = torch.tensor([20.0])
-    line = blend(fit(low, (4, 1)), (4, 1), level)[0, 0, :, 0, 0]
+    line = blend(fit(low, (4, 1)), level, (4, 1))[0, 0, :, 0, 0]
     torch.testing.assert_close(line, torch.tensor([*(k / 4 for k in range(8)), 2, 2, 2, 2]))
     assert known_frames(8, (4, 1)).tolist() == [True, *[False] * 3] * 2
     assert not known_frames(8, (4, 2)).any() and not known_frames(8, (1, 2)).any()
@@ -98,15 +107,11 @@ def test_the_noise_on_the_smaller_clip_has_its_log_snr() -> None:
 
 
 @pytest.mark.parametrize("model", [CONV, SSR, BOTH], ids=["tsr", "ssr", "both"])
-def test_it_starts_from_the_smaller_clip_and_every_parameter_learns(model) -> None:
-    skip = dataclasses.replace(model, low_skip=True)
+def test_it_starts_at_zero_and_every_parameter_learns(model) -> None:
     z, log_snr, level = torch.randn(2, 3, 8, 16, 16), torch.zeros(2), torch.tensor([9.0, 1.0])
-    low = low_input(low_clip(model), level, skip)
-    net = Unet3D(skip, 24, 12)
-    torch.testing.assert_close(net(z, log_snr, condition(2), low=low), low.guess)
-    plain = Unet3D(model, 24, 12)
-    assert (plain(z, log_snr, condition(2), low=low._replace(guess=None)) == 0).all()
-    given = condition(2)
+    low, given = low_input(low_clip(model), level, model), condition(2)
+    net = Unet3D(model, 24, 12)
+    assert (net(z, log_snr, given, low=low) == 0).all()
     dropped = given._replace(
         keep_embedding=torch.tensor([True, False]), keep_text=torch.tensor([False, True])
     )
@@ -119,7 +124,7 @@ def test_it_starts_from_the_smaller_clip_and_every_parameter_learns(model) -> No
 
 def test_a_base_takes_no_smaller_clip() -> None:
     base = Unet3D(UnetConfig(image_size=16, num_frames=4, patch=2, dim=32, head_dim=16), 24, 12)
-    low = Low(torch.zeros(1, 3, 4, 16, 16), torch.zeros(1), None)
+    low = Low(torch.zeros(1, 3, 4, 16, 16), torch.zeros(1), torch.zeros(1, 4))
     with pytest.raises(ValueError, match="others do not"):
         base(torch.zeros(1, 3, 4, 16, 16), torch.zeros(1), condition(1), low=low)
 
@@ -148,8 +153,8 @@ def test_temporal_convolution_sees_its_neighbours_and_no_image() -> None:
     torch.testing.assert_close(layer(still)[:, 0], layer(still)[:, 2])  # its ends look like frames
 
 
-def test_frame_positions_count_from_known_frame_to_known_frame() -> None:
-    """So that a window may begin at any of them, and a clip may be of any length."""
+def test_a_window_is_told_where_it_is() -> None:
+    """What a caption says of a time in the clip holds in a window of it too."""
     net = awake(Unet3D(CONV, 24, 12))
     clip = low_clip(CONV, 1, 12)
     z, log_snr = torch.randn(1, 3, 24, 16, 16), torch.zeros(1)
@@ -181,7 +186,8 @@ def test_a_network_without_attention_runs_on_crops_like_on_the_whole() -> None:
         ({"low_frames": 0}, "low_frames 0 and low_size 16 must be 1 or more"),
         ({"low_size": 5}, "low_size 5"),
         ({"low_frames": 8}, "nothing is to be made"),
-        ({"low_frames": None, "low_size": None, "low_skip": True}, "low_skip needs"),
+        ({"low_frames": None, "low_size": None, "residual": 0.1}, "residual needs"),
+        ({"residual": 0.1, "self_condition": True}, "not with residual"),
     ],
 )
 def test_sizes_that_cannot_be(change: dict, message: str) -> None:
@@ -264,17 +270,42 @@ def test_windows_cover_a_clip_and_their_shares_sum_to_one() -> None:
         window_starts(16, 8, 5, 4)
 
 
+@torch.no_grad()
+def test_a_residual_is_diffused_around_the_smaller_clip() -> None:
+    """A network that says nothing gives the blended clip; its answers count so many times."""
+    model = dataclasses.replace(SSR, residual=0.25)
+    low, how = low_clip(model), ClipSampling(steps=3, augmentation=2.0)
+    smaller = Smaller(low, model, 2.0, 0, torch.arange(2), "sample/low")
+    guess = smaller.guess(slice(None))
+    torch.testing.assert_close(
+        guess, fit(smaller.noisy, (1, 2)) * torch.sigmoid(torch.tensor(2.0)).sqrt()
+    )
+    for answer in (0.0, 0.4, 30.0):  # the last is beyond what a pixel can be
+
+        def says(z, *rest, answer=answer):
+            return torch.full_like(z, answer)
+
+        video = sample_clips(says, model, X0, condition(2), torch.arange(2), how, 0, low)
+        torch.testing.assert_close(video, (guess + 0.25 * answer).clamp(-1, 1))
+    longer = low_clip(model, 2, 20)
+    how = dataclasses.replace(how, window=8, overlap=4)
+    video = sample_clips(says, model, X0, condition(2), torch.arange(2), how, 0, longer)
+    assert video.shape[2] == 20 and (video - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.1])
 @pytest.mark.parametrize("sampler", ["ddim", "dpm_solver", "ancestral"])
-def test_known_frames_come_out_as_they_went_in(sampler) -> None:
-    net = awake(Unet3D(CONV, 24, 12))
+def test_known_frames_come_out_as_they_went_in(sampler, residual) -> None:
+    model = dataclasses.replace(CONV, residual=residual)
+    net = awake(Unet3D(model, 24, 12))
     low = low_clip(CONV)
     how = ClipSampling(sampler=sampler, steps=3, guidance_scale=2.0, augmentation=1.0)
-    video = sample_clips(net, CONV, X0, condition(2), torch.arange(2), how, 0, low)
+    video = sample_clips(net, model, X0, condition(2), torch.arange(2), how, 0, low)
     assert video.shape == (2, 3, 8, 16, 16)
     assert torch.equal(video[:, :, ::2], low)
     assert (video[:, :, 1::2] - low).abs().max() > 0.1
     longer = low_clip(CONV, 2, 10)
-    video = sample_clips(net, CONV, X0, condition(2), torch.arange(2), how, 0, longer)
+    video = sample_clips(net, model, X0, condition(2), torch.arange(2), how, 0, longer)
     assert video.shape == (2, 3, 20, 16, 16) and torch.equal(video[:, :, ::2], longer)
 
 
@@ -352,7 +383,7 @@ def test_steps_of_images_alone_reach_every_weight() -> None:
     """Or DDP would wait for those of temporal convolution."""
     net = awake(Unet3D(SSR, 24, 12))
     z, level = torch.randn(1, 3, 2, 16, 16), torch.tensor([3.0, 5.0])
-    low = Low(torch.randn(1, 3, 2, 16, 16), level, None)
+    low = Low(torch.randn(1, 3, 2, 16, 16), level, torch.zeros(1, 0))
     net(z, torch.zeros(2), condition(2), 2, low=low).square().sum().backward()
     assert all(p.grad is not None for p in net.parameters())
     layer = awake(TemporalConv(8))

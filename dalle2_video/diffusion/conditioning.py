@@ -53,7 +53,7 @@ def fit(low: Tensor, times: Times, first: int = 0, frames: int | None = None) ->
     return torch.cat([part[:, :, before - begin], part[:, :, behind - begin]], dim=1)
 
 
-def blend(fitted: Tensor, times: Times, log_snr: Tensor) -> Tensor:
+def blend(fitted: Tensor, log_snr: Tensor, times: Times) -> Tensor:
     """What `fit` made, from a known frame on, blended linearly in time: (B, C, F, H, W).
 
     Times alpha of its noise, log_snr (B,): the best guess of one pixel from its noisy value, where

@@ -60,7 +60,8 @@ class UnetConfig:
     (Chen et al. 2022, Analog Bits, section 3).
 
     low_frames, low_size: of the smaller clip that a super-resolution network is given; None, none.
-    low_skip: the prediction, of x0, is what is to be added to that clip, resized and blended.
+    residual: what is diffused is the difference to that clip, resized and blended, over this
+    number, which should be about its root mean square; 0: the clip itself.
     """
 
     image_size: int = 32
@@ -80,7 +81,7 @@ class UnetConfig:
     self_condition: bool = False
     low_frames: int | None = None
     low_size: int | None = None
-    low_skip: bool = False
+    residual: float = 0.0
 
     def __post_init__(self) -> None:
         levels = len(self.mults)
@@ -97,9 +98,11 @@ class UnetConfig:
         if (self.low_frames is None) != (self.low_size is None):
             raise ValueError("low_frames and low_size belong together: give both or neither")
         if self.low_frames is None or self.low_size is None:
-            if self.low_skip:
-                raise ValueError("low_skip needs low_frames and low_size")
+            if self.residual:
+                raise ValueError("residual needs low_frames and low_size")
             return
+        if self.residual and self.self_condition:
+            raise ValueError("self_condition shows pixels: not with residual")
         if min(self.low_frames, self.low_size) < 1:
             raise ValueError(
                 f"low_frames {self.low_frames} and low_size {self.low_size} must be 1 or more"
@@ -138,8 +141,8 @@ class UnetConfig:
 
     @property
     def sees_windows(self) -> bool:
-        """Whether it runs on windows of a longer clip: nothing ties its frames to the clip's
-        length, neither attention nor, as in a base, their places in the whole.
+        """Whether it runs on windows of a longer clip: no attention ties its frames together, and
+        it is told where they are in the whole (`Low.place`).
         """
         tied = self.temporal == "attention" and any(self.attention)
         return bool(self.low_copies) and not tied
@@ -210,18 +213,21 @@ class Condition(NamedTuple):
 class Low(NamedTuple):
     """The smaller clip as a super-resolution network takes it.
 
-    frames (B, low_copies C, F + J, H, W): fitted, with noise; log_snr (I,): of that noise; guess
-    (B, C, F + J, H, W): what low_skip adds to, None without it.
+    frames (B, low_copies C, F + J, H, W): fitted, with noise; log_snr (I,): of that noise; place
+    (B, F): where each frame is in the whole clip, were that as long as the network's own.
     """
 
     frames: Tensor
     log_snr: Tensor
-    guess: Tensor | None
+    place: Tensor
 
     def repeated(self, times: int) -> Low:
         """The whole batch again and again."""
-        guess = None if self.guess is None else self.guess.repeat(times, 1, 1, 1, 1)
-        return Low(self.frames.repeat(times, 1, 1, 1, 1), self.log_snr.repeat(times), guess)
+        return Low(
+            self.frames.repeat(times, 1, 1, 1, 1),
+            self.log_snr.repeat(times),
+            self.place.repeat(times, 1),
+        )
 
 
 class Neighbours(nn.Module):
@@ -280,13 +286,13 @@ class ConditionEncoder(nn.Module):
         self.whiten_text_embedding.fit(examples.text)
 
     def per_frame(self, says: Tensor, places: Tensor, batch: int, images: int) -> Tensor:
-        """(I, cond_dim) and the embedding of the frames' places (F + J, 32) -> (B, F + J,
+        """(I, cond_dim) and the embedding of the frames' places (1 or B, F + J, 32) -> (B, F + J,
         cond_dim).
         """
         clips = len(says) - batch * images
         frames = [says[clips:].unflatten(0, (batch, images))] if images else []
         if clips:
-            frames.insert(0, says[:clips, None].expand(-1, len(places) - images, -1))
+            frames.insert(0, says[:clips, None].expand(-1, places.shape[1] - images, -1))
         return self.mlp(torch.cat(frames, dim=1) + self.frame(places))
 
     def forward(
@@ -401,6 +407,20 @@ class Unet3D(nn.Module):
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         return block(*inputs)
 
+    def places(self, frames: int, images: int, low: Low | None, device: torch.device) -> Tensor:
+        """The embedding (1 or B, F + J, 32) of where each frame is: in the clip and, in
+        super-resolution, between two known frames too. Images are nowhere.
+        """
+        index = torch.arange(frames, device=device)
+        # from half a period per frame, so that even and odd frames can be told apart
+        if low is None:
+            where = sinusoidal(math.pi * index, FRAME_DIM, 100.0)[None]
+        else:
+            whole = sinusoidal(math.pi * low.place, FRAME_DIM // 2, 100.0)
+            phase = sinusoidal(math.pi * (index % self.config.times[0]), FRAME_DIM // 2, 100.0)
+            where = torch.cat([whole, phase.expand_as(whole)], dim=-1)
+        return F.pad(where, (0, 0, 0, images))
+
     def forward(
         self,
         z: Tensor,
@@ -416,11 +436,7 @@ class Unet3D(nn.Module):
         z, where the network is self-conditioned; None: there is none yet. low: the smaller clip,
         for super-resolution; frame 0 of z is then one that it has.
         """
-        frame = torch.arange(z.shape[2] - images, device=z.device)
-        if self.config.low_copies:
-            frame = frame % self.config.times[0]  # between known frames, wherever in the clip
-        # from half a period per frame, so that even and odd frames can be told apart
-        places = F.pad(sinusoidal(math.pi * frame, FRAME_DIM, 100.0), (0, 0, 0, images))
+        places = self.places(z.shape[2] - images, images, low, z.device)
         if (low is None) == bool(self.config.low_copies):
             raise ValueError(
                 "low: a super-resolution network takes the smaller clip, others do not"
@@ -433,7 +449,7 @@ class Unet3D(nn.Module):
         if low is not None:
             z = torch.cat([z, low.frames], dim=1)
         x = self.stem(space_to_channels(z.permute(0, 2, 3, 4, 1), self.config.patch))
-        x = x + self.frame_position(places)[None, :, None, None]
+        x = x + self.frame_position(places)[:, :, None, None]
         inputs = cond, tokens, mask, images
         skips = [x]
         for level, blocks in enumerate(self.down):
@@ -450,5 +466,4 @@ class Unet3D(nn.Module):
             if level < len(self.upsample):
                 x = self.upsample[level](x)
         x = self.out(F.silu(self.norm(x, cond)))
-        x = channels_to_space(x, self.config.patch).permute(0, 4, 1, 2, 3).to(z.dtype)
-        return x if low is None or low.guess is None else x + low.guess
+        return channels_to_space(x, self.config.patch).permute(0, 4, 1, 2, 3).to(z.dtype)

@@ -20,7 +20,7 @@ from dalle2_video import keyed
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import Batch
 from dalle2_video.data.video import to_float, to_uint8
-from dalle2_video.diffusion.conditioning import known_frames
+from dalle2_video.diffusion.conditioning import blend, known_frames
 from dalle2_video.diffusion.objective import (
     DiffusionConfig,
     Noised,
@@ -103,10 +103,6 @@ class UnetSection:
             raise ValueError("augmentation belongs to model.low_frames and low_size")
         if self.augmentation is not None and not self.augmentation[0] <= self.augmentation[1]:
             raise ValueError(f"augmentation must not fall, got {self.augmentation}")
-        if model.low_skip and self.diffusion.prediction != "x0":
-            raise ValueError(
-                f"model.low_skip is for a prediction of x0, not of {self.diffusion.prediction}"
-            )
         if self.images and r > 1:
             raise ValueError(f"images {self.images}: a single frame has no frames between")
         for name, part, whole, step, seen in (
@@ -159,12 +155,9 @@ def join_low(parts: list[Low], images: int) -> Low | None:
     """`join_frames` for the smaller clips; None where there are none."""
     if not parts:
         return None
-    guesses = [part.guess for part in parts if part.guess is not None]
-    return Low(
-        join_frames([part.frames for part in parts], images),
-        torch.cat([part.log_snr for part in parts]),
-        join_frames(guesses, images) if guesses else None,
-    )
+    frames = join_frames([part.frames for part in parts], images)
+    place = parts[0].place if len(parts) > bool(images) else frames.new_empty(len(frames), 0)
+    return Low(frames, torch.cat([part.log_snr for part in parts]), place)
 
 
 def decoder_stage(
@@ -226,6 +219,8 @@ def decoder_stage(
             low = noisy_low(
                 batch.frames, model, section.augmentation, corners, part, step, counters, stream
             )
+            if model.residual:
+                x0 = (x0 - blend(low.frames, low.log_snr, model.times)) / model.residual
         return _Part(what, add_noise(diffusion, x0, t, eps), condition, low)
 
     def objective(unet: nn.Module, batch: Batch, step: StepInfo) -> Loss:

@@ -5,11 +5,12 @@ B clips, F frames; a "size" is (frames, pixels of a side). Stored frames are uin
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dalle2_video import keyed
 from dalle2_video.data.video import to_float
-from dalle2_video.diffusion.conditioning import augment, blend, cut, fit
+from dalle2_video.diffusion.conditioning import augment, cut, fit
 from dalle2_video.models.unet3d import Low, UnetConfig
 from dalle2_video.training.stage import StepInfo
 
@@ -61,7 +62,7 @@ def noisy_low(
 ) -> Low:
     """The smaller clip of stored frames, with noise of a random level, as the network takes it.
 
-    It is shrunk by the resize that makes the training data of the networks before.
+    It is shrunk by the resize that makes the training data of the networks before it.
     """
     assert model.low_frames is not None
     length = frames.shape[1]
@@ -73,4 +74,6 @@ def noisy_low(
     fitted = cut(
         fit(augment(small, level, noise), model.times), corners, (part[0], part[1], part[1])
     )
-    return Low(fitted, level, blend(fitted, model.times, level) if model.low_skip else None)
+    index = torch.arange(part[0], device=step.device)
+    first = torch.tensor([corner[0] for corner in corners]).to(step.device, non_blocking=True)
+    return Low(fitted, level, (first[:, None] + index).float())
