@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="train it anew for so long")
     parser.add_argument("--clips", type=int, help="no more than these")
     parser.add_argument("overrides", nargs="*", help="key=value as in configs/")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     overrides, folder = given.overrides, given.run_dir
     if given.minutes:
         overrides = [*(FOUR if given.what == "tsr" else []), *overrides]

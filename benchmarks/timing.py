@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("overrides", nargs="*", help="key=value as in configs/")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         cfg = compose("config", given.overrides)
     store, policy = store_of(cfg), CaptionPolicy(drop=False)
