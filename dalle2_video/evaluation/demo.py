@@ -19,7 +19,7 @@ from dalle2_video.evaluation.page import write_page
 from dalle2_video.evaluation.provenance import provenance
 
 # Of the minutes that are left for training.
-SHARES = {"clip": 0.14, "prior": 0.09, "base": 0.67, "tsr": 0.05, "ssr": 0.05}
+SHARES = {"clip": 0.14, "prior": 0.09, "base": 0.64, "tsr": 0.05, "ssr": 0.08}
 CASCADE = ("base", "tsr", "ssr")
 # Minutes of a script's start, and of sampling and judging: a + b / (GFLOP/s of float32 products).
 # Measured on an EPYC without AVX-512 (150 GFLOP/s: 0.45 and 2.5) and a Xeon with it (350).
