@@ -34,5 +34,3 @@ def run(jobs: list[Job]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(json.loads(Path(sys.argv[1]).read_text()))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -152,9 +153,14 @@ def process_state(timeout_minutes: float = 30.0) -> PartialState:
 
 
 def _leave() -> None:
-    """Gloo's threads may abort a process that ends without this."""
+    """Gloo's threads may abort a process that ends without this.
+
+    Also where one of them still frees the tensors of the last gather (torch 2.14): that takes the
+    interpreter's lock, which a process at its end no longer gives. So it is given here.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.2)
 
 
 def _launched_with(name: str) -> bool:
