@@ -120,7 +120,6 @@ def rank(folder: Path) -> None:
     loop.train(stage, train_config, RunConfig(str(folder / "run")))
     mine = torch.distributed.get_rank()
     write_json(folder / f"rank{mine}.json", seen | {"parameters": seen_params})
-    torch.distributed.destroy_process_group()
 
 
 def main() -> None:

@@ -166,7 +166,6 @@ def run_rank(root: Path, precision: str = "no") -> None:
     except ConfigError as error:
         seen["apart"] = str(error)
     (root / f"rank{rank}.json").write_text(json.dumps(seen | {"predicts": predicts}))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
