@@ -56,8 +56,8 @@ def fit(low: Tensor, times: Times, first: int = 0, frames: int | None = None) ->
 def blend(fitted: Tensor, log_snr: Tensor, times: Times) -> Tensor:
     """What `fit` made, from a known frame on, blended linearly in time: (B, C, F, H, W).
 
-    Times alpha of its noise, log_snr (B,): the best guess of one pixel from its noisy value, where
-    pixels have a variance of 1, leaves out the more the noisier it is.
+    Multiplied by alpha of its noise, log_snr (B,): the best linear guess of a pixel of variance 1
+    from its noisy value.
     """
     alpha, _ = alpha_sigma(log_snr)
     if times[0] > 1:

@@ -40,9 +40,8 @@ def ddim(
         x0 = denoise(z, now.expand(z.shape[0]))
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(now), alpha_sigma(after)
         fresh = eta * (_gone(now, after) * sigma_s.square()).sqrt()
-        ratio = (
-            sigma_s.square() - fresh.square()
-        ).sqrt() / sigma_t  # of eps = (z - alpha x0) / sigma
+        # eps = (z - alpha_t x0) / sigma_t
+        ratio = (sigma_s.square() - fresh.square()).sqrt() / sigma_t
         z.mul_(ratio).addcmul_(x0, alpha_s - ratio * alpha_t)
         if noise is not None and eta > 0:
             z.addcmul_(noise(i), fresh)

@@ -16,8 +16,6 @@ from dalle2_video.training.environment import process_state
 from dalle2_video.training.log import check_wandb
 from dalle2_video.training.stage import ConfigError, RunConfig, from_config
 
-UNETS = ("tsr", "ssr")  # of which configs/config.yaml speaks, whether a size has them or not
-
 
 def quote_texts(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments in which the sentence of `text=...` is one quoted value.
@@ -58,9 +56,9 @@ def sample_config(cfg: DictConfig) -> SampleConfig:
     """
     config = from_config(SampleConfig, cfg.sample, "sample")
     for name in config.stages:
-        if name not in UNETS and name not in cfg.unets:
+        if name not in cfg.unets:
             raise ConfigError(f"sample.stages.{name}: unets has only {', '.join(cfg.unets)}")
-        if name in cfg.unets and cfg.unets[name].model.low_frames is None:
+        if cfg.unets[name].model.low_frames is None:
             raise ConfigError(f"sample.stages.{name}: it makes clips of text, as `sample` says")
     return config
 

@@ -40,10 +40,8 @@ def part_of(frames: Tensor, whole: Size, corners: list[Corner], part: Size) -> T
     """Stored frames, in a view of size `whole`, cut at the corners: float32 (B, 3, F, H, W)."""
     if whole == part:
         return to_float(frames, *whole)
-    t, s = (
-        frames.shape[1] // whole[0],
-        frames.shape[2] // whole[1],
-    )  # stored ones per one of the view
+    # stored frames and pixels per one of the view
+    t, s = frames.shape[1] // whole[0], frames.shape[2] // whole[1]
     stored = [(frame * t, row * s, column * s) for frame, row, column in corners]
     shape = part[0] * t, part[1] * s, part[1] * s
     pieces = cut(frames.movedim(-1, 1), stored, shape)
