@@ -43,6 +43,7 @@ from dalle2_video.training.conditions import TextEncoder
 from dalle2_video.training.setup import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DRAWS, BATCH = 8, 16
 ALL = slice(None)
 FOUR = ["unets.tsr.model.low_frames=4", "unets.tsr.window=null"]  # of 16
@@ -70,6 +71,7 @@ class HeldOut:
         clip, _ = load_clip(folder / "clip" / "model.safetensors")
         prior, diffusion, _ = load_prior(folder / "prior" / "model.safetensors")
         encode, config = TextEncoder(clip), sample_config(cfg)
+        prior.to(DEVICE)
         frames, self.conditions, self.captions = [], [], []
         for split in ("val", "combo"):
             dataset = CelebVTextDataset(store, split, 0, policy)
@@ -77,15 +79,16 @@ class HeldOut:
                 rows = range(start, min(start + BATCH, len(dataset)))
                 batch = dataset.collate([dataset.eval_pointer(i) for i in rows])
                 assert batch.frames is not None
-                text = encode(batch)
+                frames.append(batch.frames)
+                text = encode(batch.to(DEVICE))
                 with torch.no_grad():
                     embedding = sample_embeddings(
                         prior, prior.whiten, diffusion, text, batch.counters, config
                     )
                 one = Condition.of(embedding, text.states, text.place, text.embedding)
-                self.conditions += [one.rows(torch.tensor([i])) for i in range(len(rows))]
+                each = torch.arange(len(rows), device=DEVICE)[:, None]
+                self.conditions += [one.rows(row) for row in each]
                 self.captions += [" ".join(lines) for lines in batch.captions]
-                frames.append(batch.frames)
         self.frames = torch.cat(frames)
 
     def condition(self, rows: list[int]) -> Condition:
@@ -115,8 +118,9 @@ def high_energy(video: Tensor) -> float:
 def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]:
     """Figures of one network, and a picture."""
     unet, diffusion, _ = load_unet(folder / what / "model.safetensors", what)
+    unet.to(DEVICE)
     model, how = unet.config, sample_config(cfg).of(what, unet.config)
-    data, probe = HeldOut(folder, cfg), load_probe().network
+    data, probe = HeldOut(folder, cfg), load_probe().network.to(DEVICE)
     truth = to_float(data.frames, model.num_frames, model.image_size)
     if what == "tsr":  # the quarter with the most motion
         motion = (truth[:, :, 1:] - truth[:, :, :-1]).abs().flatten(1).mean(1)
@@ -134,21 +138,21 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
     first = sampler_steps(diffusion.schedule, how.steps)[0]
     for start in tqdm(range(0, len(rows), BATCH), unit="batch"):
         part = slice(start, start + BATCH)
-        condition, small = data.condition(rows[part]), low[part]
+        condition, small = data.condition(rows[part]), low[part].to(DEVICE)
         for k in range(draws):
             counters = torch.tensor([1000 * k + row for row in rows[part]])
             samples[k, part] = sample_clips(
                 unet, model, diffusion, condition, counters, how, 0, small, stream=what
-            )
-        z = keyed.randn(truth.shape[1:], 0, torch.tensor(rows[part]), "one step")
-        log_snr = first.expand(len(small))
+            ).cpu()
+        z = keyed.randn(truth.shape[1:], 0, torch.tensor(rows[part]), "one step", DEVICE)
+        log_snr = first.to(DEVICE).expand(len(small))
         seen = Smaller(small, model, how.augmentation, 0, torch.tensor(rows[part]), "one step")
         out = unet(z, log_snr, condition, 0, None, seen.at(ALL))
         estimate = to_x0(diffusion.prediction, out, z, log_snr)
-        guess[part] = seen.to_pixels(estimate, ALL).clamp(-1, 1)
+        guess[part] = seen.to_pixels(estimate, ALL).clamp(-1, 1).cpu()
 
     def features(video: Tensor) -> Tensor:
-        return probe.features(to_uint8(video))
+        return probe.features(to_uint8(video).to(DEVICE)).cpu()
 
     def distance(video: Tensor) -> float:
         return frechet_distance(features(video), features(truth))

@@ -15,18 +15,20 @@ torch counts in a forward pass (matrix products, convolutions, fused attention),
 Memory: the peak of a process of its own that makes three steps, less what it held before the first.
  `mm`: FLOPs per
 second of a step over those of torch.mm on 2048 x 2048 matrices. `frames`: 8 to 64 frames.
-`gpu`: bf16 with torch.compile, model FLOPs utilisation at the widths of the presets small and base
-(without cross attention), largest batch. Each writes
+`gpu`: bf16, uncompiled and with torch.compile, model FLOPs utilisation at the widths of the presets
+small and base (without cross attention), largest batch. Each writes
 benchmarks/results/unet_<name>.json.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -353,39 +355,42 @@ def bench_frames(rounds: int) -> dict:
 
 
 def bench_gpu(rounds: int) -> dict:
-    """bf16 autocast, torch.compile: utilisation at 16 x 64 x 64 by widths of the presets, largest
-    batches.
+    """bf16 autocast at 16 x 64 x 64 by widths of the presets: the largest batch (a power of two) of
+    an uncompiled step, and model FLOPs utilisation there, uncompiled and by torch.compile.
     """
     presets = {
         "small": replace(unet_config(64, 64, 2), mults=(1, 2, 4, 6), cond_dim=512),
         "base": replace(unet_config(128, 64, 2), cond_dim=512, head_dim=64),
     }
     figures: dict[str, float] = {}
-    for name, config in presets.items():
-        for checkpointing in (False, True):
-            key = f"{name}_checkpointing" if checkpointing else name
-            batch = 1
+    for (name, config), checkpointing in itertools.product(presets.items(), (False, True)):
+        key, batch, rate = f"{name}_checkpointing" if checkpointing else name, 1, 0.0
+        with suppress(torch.OutOfMemoryError):
             while True:
-                try:
-                    rate = _gpu_rate(config, batch, checkpointing, rounds)
-                except torch.OutOfMemoryError:
-                    break
-                figures[f"{key}_largest_batch"] = batch
-                best = figures.get(f"{key}_utilisation", 0.0)
-                figures[f"{key}_utilisation"] = max(best, rate / H100_BF16)
-                print(key, batch, f"{rate / 1e12:.0f} TFLOP/s", flush=True)
-                torch.cuda.empty_cache()
+                rate = _gpu_rate(config, batch, checkpointing, rounds)
                 batch *= 2
+        torch.cuda.empty_cache()
+        batch //= 2
+        figures[f"{key}_largest_batch"] = batch
+        figures[f"{key}_uncompiled_utilisation"] = rate / H100_BF16
+        compiled = _gpu_rate(config, batch, checkpointing, rounds, compiled=True)
+        torch.cuda.empty_cache()
+        figures[f"{key}_utilisation"] = compiled / H100_BF16
+        print(key, batch, f"{rate / 1e12:.0f}, {compiled / 1e12:.0f} TFLOP/s", flush=True)
     return figures
 
 
-def _gpu_rate(config: UnetConfig, batch: int, checkpointing: bool, rounds: int) -> float:
-    torch._dynamo.reset()  # or after eight networks it gives up and runs them uncompiled
+def _gpu_rate(
+    config: UnetConfig, batch: int, checkpointing: bool, rounds: int, compiled: bool = False
+) -> float:
+    """FLOPs per second of a training step."""
     net, forward = ours(config, batch, "cuda")
     assert isinstance(net, Unet3D)
     flops = 3 * flops_of(forward)
     net.activation_checkpointing = checkpointing
-    net.compile()
+    if compiled:
+        torch._dynamo.reset()  # or after eight networks it gives up and runs them uncompiled
+        net.compile()
 
     def amp() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
