@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from dalle2_video.diffusion.guidance import (
 from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.diffusion.sampling import ancestral, ddim, dpm_solver
 from dalle2_video.diffusion.schedule import sampler_steps
+from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.models.unet3d import Condition, Low, UnetConfig
 from dalle2_video.models.video_clip import TextEncoding
 from dalle2_video.models.whitening import Whitening
@@ -46,7 +47,8 @@ Progress = Callable[[], None]
 class ClipSampling:
     """How one U-Net of the cascade is sampled.
 
-    eta: of ddim, 0 = deterministic. gamma, corrector: of ancestral. guidance_scale: 1 is the plain
+    eta: of ddim, 0 = deterministic. gamma, corrector: of ancestral, gamma where the network has not
+    learned it. guidance_scale: 1 is the plain
     conditional model. guidance: when it applies: "constant"; "interval", between the log-SNRs
     guidance_interval; or "oscillating", the first guidance_constant share of the steps, then every
     other one. guidance_rescale: see `guided`.
@@ -204,11 +206,13 @@ def sample_clips(
     two = Condition.cat(condition, condition.dropped())
     steps = sampler_steps(diffusion.schedule, config.steps, device)
     estimate: Tensor | None = None
+    fraction: Tensor | None = None
 
     def denoise_at(part: slice) -> Denoiser:
         """What denoises these frames of the clips."""
 
         def network(z: Tensor, log_snr: Tensor) -> Tensor:
+            nonlocal fraction
             times = len(z) // len(counters)  # 2 with guidance
             before = given = None
             if smaller is not None:
@@ -216,7 +220,11 @@ def sample_clips(
             if model.self_condition and estimate is not None:
                 before = estimate[:, :, part].clamp(-1, 1)  # as in training
                 before = before.repeat(times, 1, 1, 1, 1)
-            return unet(z, log_snr, two if times == 2 else condition, 0, before, given)
+            out = unet(z, log_snr, two if times == 2 else condition, 0, before, given)
+            prediction, raw = split_output(out, z.shape[1])
+            if raw is not None:  # with guidance the conditional half's
+                fraction = fraction_of(raw[: len(counters)].float())
+            return prediction
 
         denoise: Denoiser = denoiser(network, diffusion.prediction)
         if config.guidance_scale != 1:
@@ -253,7 +261,8 @@ def sample_clips(
     if config.sampler == "dpm_solver":
         x0 = dpm_solver(denoise, start(), steps, report)
     elif config.sampler == "ancestral":
-        x0 = ancestral(denoise, start(), steps, noise, config.gamma, config.corrector, report)
+        gamma = (lambda: cast(Tensor, fraction)) if model.learned_variance else config.gamma
+        x0 = ancestral(denoise, start(), steps, noise, gamma, config.corrector, report)
     else:
         x0 = ddim(denoise, start(), steps, noise, config.eta, report)
     if smaller is not None:

@@ -36,6 +36,7 @@ JOBS = {
     "joint": ("base", JOINT),
     "tsr": ("tsr", ["unets.tsr.model.residual=0", "unets.tsr.diffusion.prediction=v"]),
     "ssr": ("ssr", []),
+    "variance": ("base", ["unets.base.model.learned_variance=true"]),
 }
 ALL = list(JOBS)
 JOBS["short"] = ("base", ["unets.base.train.clips=48", "unets.base.train.save_every_clips=48"])

@@ -20,6 +20,7 @@ from dalle2_video.diffusion.parameterization import (
     error_scale,
     expand,
     target,
+    to_x0,
 )
 from dalle2_video.diffusion.schedule import (
     CosineSchedule,
@@ -28,6 +29,7 @@ from dalle2_video.diffusion.schedule import (
     ZeroTerminalSchedule,
     alpha_sigma,
 )
+from dalle2_video.diffusion.variance import bound_term, fraction_of, reverse_step
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
@@ -40,7 +42,8 @@ class DiffusionConfig:
     prediction: what the network outputs. loss: whose plain squared error the loss is.
     max_weight: upper limit of the factor on the squared error of x0 (100 is sigma clamped at 0.1).
     noise: the schedule, whose limits and shift are of the cosine one. zero_terminal_snr: t = 1 is
-    pure noise; not with eps.
+    pure noise; not with eps. variance_steps: T of the steps that a learned variance learns for
+    (`UnetConfig.learned_variance`); how often it is sampled is another matter.
     """
 
     prediction: Prediction = "v"
@@ -51,8 +54,11 @@ class DiffusionConfig:
     shift: float = 0.0
     noise: Literal["cosine", "linear"] = "cosine"
     zero_terminal_snr: bool = False
+    variance_steps: int = 1000
 
     def __post_init__(self) -> None:
+        if self.variance_steps < 2:
+            raise ValueError(f"variance_steps must be 2 or more, not {self.variance_steps}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction '{self.prediction}' is none of {', '.join(PREDICTIONS)}")
         if self.loss not in get_args(Weight):
@@ -93,6 +99,20 @@ def loss_weight(config: DiffusionConfig, log_snr: Tensor) -> Tensor:
     else:
         on_x0 = error_scale(config.loss, log_snr)
     return on_x0.clamp(max=config.max_weight) / error_scale(config.prediction, log_snr)
+
+
+def variance_loss(
+    config: DiffusionConfig, prediction: Tensor, raw: Tensor, noised: Noised, t: Tensor, x0: Tensor
+) -> Tensor:
+    """L_vlb of Nichol & Dhariwal 2021 (section 3.1) as it is added to the loss, (B,) in float32.
+
+    One term of T, in bits per dimension, times T / 1000: their 0.001 is of the sum of all terms. It
+    teaches the fraction alone: the prediction is detached, clipped as in sampling.
+    """
+    estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
+    step = reverse_step(config.schedule, t, config.variance_steps)
+    bits = bound_term(step, estimate.clamp(-1, 1), fraction_of(raw.float()), x0)
+    return bits * (config.variance_steps / 1000)
 
 
 def per_sample_loss(

@@ -18,6 +18,7 @@ from dalle2_video.diffusion.schedule import alpha_sigma
 
 Noise = Callable[[int], Tensor]  # step number -> standard normal of the sample's shape
 Progress = Callable[[int], None]
+Fraction = Callable[[], Tensor]  # of the last x0: learned for each value of z
 
 
 def ddim(
@@ -82,13 +83,14 @@ def ancestral(
     z: Tensor,
     steps: Tensor,
     noise: Noise,
-    gamma: float = 0.1,
+    gamma: float | Fraction = 0.1,
     corrector: float = 0.0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Ancestral sampler of Ho et al. 2022 (2204.03458), eq. 4; z (B, ...) at steps[0] -> x0.
 
-    gamma interpolates the log of the variance between its lower (0) and upper (1) bound.
+    gamma interpolates the log of the variance between its lower (0) and upper (1) bound; as a
+    function, it is a learned one (variance.py).
     corrector: step size of the Langevin step after each predictor step (their appendix; 0.1 there),
     which costs a second evaluation; it draws noise(num_steps + i).
     """
@@ -101,7 +103,8 @@ def ancestral(
         gone = _gone(now, after)
         z.mul_(torch.exp(now - after) * (alpha_s / alpha_t)).addcmul_(x0, gone * alpha_s)
         lower, upper = gone * sigma_s.square(), gone * sigma_t.square()
-        deviation = (lower.log() * (1 - gamma) + upper.log() * gamma).mul(0.5).exp()
+        share = gamma() if callable(gamma) else gamma
+        deviation = (lower.log() * (1 - share) + upper.log() * share).mul(0.5).exp()
         z.addcmul_(noise(i), deviation)
         if corrector > 0 and i < last:
             eps = eps_from_x0(denoise(z, after.expand(z.shape[0])), z, after.expand(z.shape[0]))

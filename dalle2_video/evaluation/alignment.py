@@ -26,17 +26,21 @@ from dalle2_video.sampling import SampleConfig
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The section `evaluate`. metric: attributes (embedded data), or nearest (does a sample show
-    its own clip?); split and clips: whose captions are sampled.
+    """The section `evaluate`. metric: attributes (embedded data), nearest (does a sample show its
+    own clip?), or nll (the bound on a clip's bits per dimension, by the U-Net that `unet` names);
+    split and clips: whose captions are sampled; draws: steps of T that stand for all, of nll.
     """
 
-    metric: Literal["attributes", "nearest"]
+    metric: Literal["attributes", "nearest", "nll"]
     split: str
     clips: int
+    draws: int = 20
 
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise ValueError(f"clips must be at least 1, got {self.clips}")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,9 @@ class UnetConfig:
     low_frames, low_size: of the smaller clip that a super-resolution network is given; None, none.
     residual: what is diffused is the difference to that clip, resized and blended, over this
     number, which should be about its root mean square; 0: the clip itself.
+
+    learned_variance: as many channels more, what diffusion/variance.py makes a fraction of; for
+    networks without a smaller clip.
     """
 
     image_size: int = 32
@@ -82,6 +85,7 @@ class UnetConfig:
     low_frames: int | None = None
     low_size: int | None = None
     residual: float = 0.0
+    learned_variance: bool = False
 
     def __post_init__(self) -> None:
         levels = len(self.mults)
@@ -101,6 +105,8 @@ class UnetConfig:
             if self.residual:
                 raise ValueError("residual needs low_frames and low_size")
             return
+        if self.learned_variance:
+            raise ValueError("learned_variance is for networks without low_frames and low_size")
         if self.residual and self.self_condition:
             raise ValueError("self_condition shows pixels: not with residual")
         if min(self.low_frames, self.low_size) < 1:
@@ -358,16 +364,18 @@ class Unet3D(nn.Module):
 
     Starts by predicting zero. Cost: attention is quadratic in H W within a frame and in F across
     frames, never in F H W. Runs at any number of frames. activation_checkpointing: blocks keep only
-    their inputs and run again in the backward pass. ends: layers that an optimizer of matrices
+    their inputs and run again in the backward pass. detach_variance: what the variance learns does
+    not change the prediction. ends: layers that an optimizer of matrices
     leaves alone (training/optimizer.py).
     """
 
-    ends = ("stem", "out", "condition.pool_score")
+    ends = ("stem", "out", "variance", "condition.pool_score")
 
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.detach_variance = True
         levels = range(len(config.mults))
         dims = [config.dim * m for m in config.mults]
         patch_dim = config.channels * config.patch**2
@@ -399,8 +407,9 @@ class Unet3D(nn.Module):
             if level > 0:
                 self.upsample.append(Upsample(dims[level], dims[level - 1]))
         self.norm = AdaptiveNorm(dims[0], config.cond_dim)
-        self.out = SpatialConv(dims[0], patch_dim)
-        zero_init(self.out)
+        self.out = zero_init(SpatialConv(dims[0], patch_dim))
+        variance = zero_init(SpatialConv(dims[0], patch_dim)) if config.learned_variance else None
+        self.variance = variance
 
     def _run(self, block: nn.Module, *inputs: Tensor | int) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -430,7 +439,8 @@ class Unet3D(nn.Module):
         before: Tensor | None = None,
         low: Low | None = None,
     ) -> Tensor:
-        """z (B, C, F + J, H, W), log_snr (I,), condition of I -> (B, C, F + J, H, W) in z's dtype.
+        """z (B, C, F + J, H, W), log_snr (I,), condition of I -> (B, C, F + J, H, W) in z's dtype,
+        with a learned variance (B, 2 C, F + J, H, W), the raw fraction behind the prediction.
 
         images: J; the clips may have no frame of their own. before: the last estimate of x0, like
         z, where the network is self-conditioned; None: there is none yet. low: the smaller clip,
@@ -465,5 +475,9 @@ class Unet3D(nn.Module):
                 x = self._run(block, torch.cat([x, skips.pop()], dim=-1), *inputs)
             if level < len(self.upsample):
                 x = self.upsample[level](x)
-        x = self.out(F.silu(self.norm(x, cond)))
-        return channels_to_space(x, self.config.patch).permute(0, 4, 1, 2, 3).to(z.dtype)
+        x = F.silu(self.norm(x, cond))
+        outs = [self.out(x)]
+        if self.variance is not None:
+            outs.append(self.variance(x.detach() if self.detach_variance else x))
+        clips = [channels_to_space(out, self.config.patch) for out in outs]
+        return torch.cat(clips, dim=-1).permute(0, 4, 1, 2, 3).to(z.dtype)

@@ -26,8 +26,10 @@ from dalle2_video.diffusion.objective import (
     Noised,
     add_noise,
     per_sample_loss,
+    variance_loss,
 )
 from dalle2_video.diffusion.parameterization import to_x0
+from dalle2_video.diffusion.variance import split_output
 from dalle2_video.models.unet3d import Condition, Low, Unet3D, UnetConfig
 from dalle2_video.sampling import ClipSampling, sample_clips
 from dalle2_video.training.conditions import (
@@ -127,6 +129,8 @@ class _Part:
     """The clips of a batch, or its images, with noise."""
 
     what: Literal["clips", "images"]
+    x0: Tensor
+    t: Tensor
     noised: Noised
     condition: Condition
     low: Low | None
@@ -221,7 +225,7 @@ def decoder_stage(
             )
             if model.residual:
                 x0 = (x0 - blend(low.frames, low.log_snr, model.times)) / model.residual
-        return _Part(what, add_noise(diffusion, x0, t, eps), condition, low)
+        return _Part(what, x0, t, add_noise(diffusion, x0, t, eps), condition, low)
 
     def objective(unet: nn.Module, batch: Batch, step: StepInfo) -> Loss:
         parts, images = [], 0
@@ -240,24 +244,35 @@ def decoder_stage(
             not torch.is_grad_enabled() or shared_coin(0.5, step, "self_condition")
         ):
             with torch.no_grad():
-                guess = split_frames(unet(z, log_snr, condition, images, None, low), images)
+                guess, _ = split_output(
+                    unet(z, log_snr, condition, images, None, low), model.channels
+                )
                 clean = [
                     to_x0(diffusion.prediction, one.float(), part.noised.z, part.noised.log_snr)
-                    for one, part in zip(guess, parts, strict=True)
+                    for one, part in zip(split_frames(guess, images), parts, strict=True)
                 ]
                 before = join_frames(clean, images).clamp(-1, 1)
-        predictions = split_frames(unet(z, log_snr, condition, images, before, low), images)
-        losses = {}
-        for prediction, part in zip(predictions, parts, strict=True):
+        outs = split_frames(unet(z, log_snr, condition, images, before, low), images)
+        losses, bits = {}, {}
+        for out, part in zip(outs, parts, strict=True):
+            prediction, raw = split_output(out, model.channels)
             given = None
             if model.low_copies == 2:
                 given = known_frames(prediction.shape[2], model.times, step.device)
             error = per_sample_loss(diffusion, prediction, part.noised, given)
             losses[part.what] = error.mean()
+            if raw is not None:
+                more = variance_loss(diffusion, prediction, raw, part.noised, part.t, part.x0)
+                bits[part.what] = more.mean()
         frames = {"clips": z.shape[2] - images, "images": images}  # every frame counts alike
         loss = sum(frames[what] * one for what, one in losses.items()) / z.shape[2]
         assert isinstance(loss, Tensor)
         metrics = {f"loss_{what}": one.detach() for what, one in losses.items()} if images else {}
+        if bits:
+            variance = sum(frames[what] * one for what, one in bits.items()) / z.shape[2]
+            assert isinstance(variance, Tensor)
+            metrics |= {"loss_simple": loss.detach(), "loss_variance": variance.detach()}
+            loss = loss + variance
         return Loss(loss, metrics)
 
     def samples(unet: nn.Module, accelerator: Accelerator) -> list[Sample]:

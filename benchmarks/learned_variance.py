@@ -1,0 +1,363 @@
+"""What breaks when a video network learns its variance, what mends it, and what it is worth.
+
+    python -m benchmarks.learned_variance run            # the grid; again goes on where it was
+    python -m benchmarks.learned_variance run --cells search
+    python -m benchmarks.learned_variance draw           # figures and pictures of what has been run
+
+Clips of the embedded data set, 8 frames of 32 px, without conditions. Every (cell, seed) is a file
+in runs/learned_variance. A run diverges when its loss is not finite, or above ten times its running
+median (of the 200 steps before) for 50 steps in a row.
+
+Recipes: `fixed` learns no variance. `naive` is Nichol & Dhariwal's: the fraction is (raw + 1) / 2,
+without bounds, its output shares the network with the prediction, its term is added as it is. Each
+remedy changes one thing of it: `sigmoid` bounds the fraction; `detached`, the term's gradient ends
+at the output layer; `apart`, that layer's gradient is clipped on its own; `weight`, a tenth of the
+term; `warmup`, the term rises over the first half; `importance`, times drawn by the root of the
+term's second moment. `ours` is sigmoid, detached and apart.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from tqdm import tqdm
+
+from dalle2_video.data.atomic import write_json
+from dalle2_video.data.captions import CaptionPolicy
+from dalle2_video.data.dataset import CelebVTextDataset, eval_loader
+from dalle2_video.data.video import to_float, to_uint8
+from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
+from dalle2_video.diffusion.parameterization import to_x0
+from dalle2_video.diffusion.sampling import ancestral
+from dalle2_video.diffusion.schedule import sampler_steps
+from dalle2_video.diffusion.variance import bound_term, fraction_of, reverse_step, split_output
+from dalle2_video.evaluation.attributes import load_probe
+from dalle2_video.evaluation.frechet import frechet_distance
+from dalle2_video.evaluation.likelihood import bits_of, to_values
+from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.training.setup import store_of
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runs" / "learned_variance"
+FRAMES, SIDE, BATCH, BINS = 8, 32, 16, 20
+MODEL = UnetConfig(
+    image_size=SIDE, num_frames=FRAMES, patch=4, dim=32, mults=(1, 2), blocks=1, head_dim=32,
+    attention=(True, True), cross_attention=(False, False), cond_dim=64, embedding_tokens=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the variance is learned; as it stands, naively."""
+
+    learned: bool = True
+    sigmoid: bool = False
+    detached: bool = False
+    apart: bool = False
+    weight: float = 1.0
+    warmup: bool = False
+    importance: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ by their seed alone."""
+
+    recipe: Recipe
+    lr: float
+    clip: float | None
+    precision: str  # fp32 | bf16
+    prediction: str
+    steps: int
+    seeds: int
+    quality: bool = False
+
+
+NAIVE = Recipe()
+RECIPES = {
+    "fixed": Recipe(learned=False),
+    "naive": NAIVE,
+    "sigmoid": replace(NAIVE, sigmoid=True),
+    "detached": replace(NAIVE, detached=True),
+    "apart": replace(NAIVE, apart=True),
+    "weight": replace(NAIVE, weight=0.1),
+    "warmup": replace(NAIVE, warmup=True),
+    "importance": replace(NAIVE, importance=True),
+    "ours": replace(NAIVE, sigmoid=True, detached=True, apart=True),
+}
+SEARCH_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def cells() -> dict[str, Cell]:
+    """The grid, in the order in which it is run."""
+    grid: dict[str, Cell] = {}
+    for prediction in ("v", "eps"):
+        for lr in SEARCH_RATES:
+            for clip in (1.0, None):
+                for name in ("fixed", "naive"):
+                    key = f"search_{prediction}_{lr:g}_{'clip' if clip else 'free'}_{name}"
+                    grid[key] = Cell(RECIPES[name], lr, clip, "fp32", prediction, 200, 2)
+    return grid
+
+
+class Divergence:
+    """Watches the losses of a run: see the top of this file."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.above = 0
+        self.at: int | None = None
+
+    def add(self, loss: float) -> bool:
+        """Whether the run has diverged."""
+        recent = self.losses[-200:]
+        high = bool(recent) and loss > 10 * statistics.median(recent)
+        self.above = self.above + 1 if high else 0
+        self.losses.append(loss)
+        if self.at is None and (not math.isfinite(loss) or self.above >= 50):
+            self.at = len(self.losses)
+        return self.at is not None
+
+
+class Times:
+    """Draws times evenly, or by the root of the mean square that a term had in their bin
+    (Nichol & Dhariwal 2021, section 3.3), with the weight that makes up for it.
+    """
+
+    def __init__(self, importance: bool, seed: int) -> None:
+        self.importance = importance
+        self.generator = torch.Generator().manual_seed(seed)
+        self.history: list[list[float]] = [[] for _ in range(BINS)]
+
+    def draw(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Times and weights (B,)."""
+        even = torch.rand(number, generator=self.generator)
+        if not self.importance or any(len(h) < 10 for h in self.history):
+            return even, torch.ones(number)
+        root = torch.tensor([np.sqrt(np.mean(np.square(h[-10:]))) for h in self.history])
+        share = 0.999 * root / root.sum() + 0.001 / BINS
+        chosen = torch.multinomial(share.float(), number, True, generator=self.generator)
+        return (chosen + even) / BINS, 1 / (BINS * share[chosen]).float()
+
+    def note(self, t: torch.Tensor, terms: torch.Tensor) -> None:
+        """What the terms (B,) were at t (B,)."""
+        for place, term in zip((t * BINS).long().tolist(), terms.tolist(), strict=True):
+            self.history[min(place, BINS - 1)].append(term)
+
+
+def unconditional(number: int) -> Condition:
+    """Nothing is told."""
+    none = torch.zeros(number, 8)
+    place = torch.zeros(number, 1, dtype=torch.int64)
+    return Condition.of(none, torch.zeros(number, 1, 8), place, none).dropped()
+
+
+def norm_of(tensors: list[torch.Tensor | None]) -> float:
+    """Of all of them together."""
+    return math.sqrt(sum(float(x.square().sum()) for x in tensors if x is not None))
+
+
+@dataclass
+class Trained:
+    """A network with its average, and what the run has shown."""
+
+    net: Unet3D
+    average: dict[str, torch.Tensor]
+    facts: dict
+
+
+def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
+    """One run on uint8 clips (N, F, H, W, 3); it ends where it diverges."""
+    recipe = cell.recipe
+    diffusion = DiffusionConfig(prediction=cell.prediction, loss=cell.prediction)
+    torch.manual_seed(seed)
+    net = Unet3D(replace(MODEL, learned_variance=recipe.learned), 8, 8)
+    net.detach_variance = recipe.detached
+    head = [] if net.variance is None else list(net.variance.parameters())
+    trunk = [p for p in net.parameters() if not any(p is one for one in head)]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=cell.lr, betas=(0.9, 0.99), fused=True)
+    average = {name: p.detach().clone() for name, p in net.named_parameters()}
+    times, watch = Times(recipe.importance, seed), Divergence()
+    data = torch.Generator().manual_seed(seed)
+    curves: dict[str, list[float]] = {
+        name: [] for name in ("loss", "simple", "trunk_norm", "head_norm", "share_of_term")
+    }
+    for i in range(cell.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cell.lr * min(1.0, (i + 1) / 30)
+        rows = torch.randint(len(clips), (BATCH,), generator=data)
+        x0, (t, weight) = to_float(clips[rows], FRAMES, SIDE), times.draw(BATCH)
+        noised = add_noise(diffusion, x0, t, torch.randn(x0.shape, generator=data))
+        with torch.autocast("cpu", torch.bfloat16, enabled=cell.precision == "bf16"):
+            out = net(noised.z, noised.log_snr, unconditional(BATCH))
+        prediction, raw = split_output(out.float(), 3)
+        simple = per_sample_loss(diffusion, prediction, noised)
+        loss = (weight * simple).mean()
+        if raw is not None:
+            step = reverse_step(diffusion.schedule, t, diffusion.variance_steps)
+            estimate = to_x0(cell.prediction, prediction.detach(), noised.z, noised.log_snr)
+            fraction = fraction_of(raw) if recipe.sigmoid else (raw + 1) / 2
+            if recipe.sigmoid:
+                estimate = estimate.clamp(-1, 1)
+            bits = bound_term(step, estimate, fraction, x0) * (diffusion.variance_steps / 1000)
+            factor = recipe.weight * (min(1.0, 2 * i / cell.steps) if recipe.warmup else 1.0)
+            term = factor * (weight * bits).mean()
+            times.note(t, bits.detach())
+            if i % 10 == 0 and not recipe.detached:
+                of_term = torch.autograd.grad(term, trunk, retain_graph=True, allow_unused=True)
+                of_loss = torch.autograd.grad(loss, trunk, retain_graph=True, allow_unused=True)
+                ratio = norm_of(list(of_term)) / max(norm_of(list(of_loss)), 1e-12)
+                curves["share_of_term"].append(ratio)
+            loss = loss + term
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        curves["loss"].append(float(loss))
+        curves["simple"].append(float(simple.mean()))
+        curves["trunk_norm"].append(norm_of([p.grad for p in trunk]))
+        curves["head_norm"].append(norm_of([p.grad for p in head]))
+        if watch.add(curves["loss"][-1]):
+            break
+        if cell.clip is not None:
+            parts = [trunk, head] if recipe.apart else [[*trunk, *head]]
+            for part in parts:
+                torch.nn.utils.clip_grad_norm_(part, cell.clip)
+        optimizer.step()
+        decay = min(0.995, (i + 1) / (i + 10))
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                average[name].lerp_(p, 1 - decay)
+    return Trained(net, average, {"diverged_at": watch.at, "curves": curves})
+
+
+@torch.no_grad()
+def judge(trained: Trained, cell: Cell, seed: int, held_out: torch.Tensor) -> dict:
+    """L_simple and bits per dimension on held-out clips, and where asked, samples."""
+    net = trained.net
+    net.load_state_dict(net.state_dict() | trained.average)
+    diffusion = DiffusionConfig(prediction=cell.prediction, loss=cell.prediction)
+    x0 = to_values(to_float(held_out, FRAMES, SIDE))
+    simple, bits = [], {}
+    for rows in torch.arange(len(x0)).split(32):
+
+        def network(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+            return net(z, log_snr, unconditional(len(z)))
+
+        clean, generator = x0[rows], torch.Generator().manual_seed(int(rows[0]))
+        for t in (torch.arange(16) + 0.5) / 16:
+            noise = torch.randn(clean.shape, generator=generator)
+            noised = add_noise(diffusion, clean, t.expand(len(clean)), noise)
+            prediction, _ = split_output(network(noised.z, noised.log_snr), 3)
+            simple.append(per_sample_loss(diffusion, prediction, noised))
+        for name, values in bits_of(network, diffusion, clean, rows, 0, 20).items():
+            bits.setdefault(name, []).append(values)
+    facts: dict = {"val_simple": float(torch.cat(simple).mean())}
+    facts |= {f"bits_{name}": float(torch.cat(parts).mean()) for name, parts in bits.items()}
+    if not cell.quality:
+        return facts
+    probe = load_probe().network
+    real = probe.features(to_uint8(x0))
+    for steps in (10, 25, 50, 250):
+        for name in ("lower", "upper", "learned") if cell.recipe.learned else ("lower", "upper"):
+            made = sample(net, diffusion, name, steps, len(x0), seed)
+            facts[f"frechet_{steps}_{name}"] = frechet_distance(probe.features(made), real)
+    return facts
+
+
+def sample(
+    net: Unet3D, diffusion: DiffusionConfig, variance: str, steps: int, number: int, seed: int
+) -> torch.Tensor:
+    """uint8 clips by ancestral sampling with one of the variances; the same noise for each."""
+    fraction = torch.zeros(())
+    made = []
+    for start in range(0, number, 32):
+        generator = torch.Generator().manual_seed(1000 * seed + start)
+
+        def denoise(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+            nonlocal fraction
+            prediction, raw = split_output(net(z, log_snr, unconditional(len(z))), 3)
+            if raw is not None:
+                fraction = fraction_of(raw)
+            return to_x0(diffusion.prediction, prediction, z, log_snr).clamp(-1, 1)
+
+        shape = (min(32, number - start), 3, FRAMES, SIDE, SIDE)
+        gamma = {"lower": 0.0, "upper": 1.0}.get(variance, lambda: fraction)
+        noise = torch.randn(shape, generator=generator)
+        made.append(
+            ancestral(
+                denoise,
+                noise,
+                sampler_steps(diffusion.schedule, steps),
+                lambda _: torch.randn(shape, generator=generator),  # noqa: B023
+                gamma,
+            )
+        )
+    return to_uint8(torch.cat(made))
+
+
+def embedded(data_root: Path) -> Iterator[torch.Tensor]:
+    """The views of the clips of train, and of the first 128 of val: uint8 (N, F, H, W, 3)."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        store = store_of(compose("config", [f"data.root={data_root}"]))
+    for split in ("train", "val"):
+        dataset = CelebVTextDataset(store, split, 0, CaptionPolicy(drop=False))
+        parts = []
+        for batch in eval_loader(dataset, 64):
+            assert batch.frames is not None
+            parts.append(to_uint8(to_float(batch.frames, FRAMES, SIDE)))
+        yield torch.cat(parts)[: None if split == "train" else 128]
+
+
+def run(names: str, data_root: Path) -> None:
+    """Every (cell, seed) of the cells whose names begin so that has no file yet."""
+    torch.set_num_threads(2)
+    todo = [
+        (name, cell, seed)
+        for name, cell in cells().items()
+        if name.startswith(names)
+        for seed in range(cell.seeds)
+        if not (FOLDER / f"{name}_{seed}.json").exists()
+    ]
+    if not todo:
+        return
+    clips, held_out = embedded(data_root)
+    bar = tqdm(todo, unit="run", dynamic_ncols=True)
+    for name, cell, seed in bar:
+        bar.set_postfix_str(f"{name} {seed}")
+        trained = train(cell, seed, clips)
+        facts = trained.facts | {"cell": name, "seed": seed, **asdict(cell)}
+        if trained.facts["diverged_at"] is None and not name.startswith("search"):
+            facts |= judge(trained, cell, seed, held_out)
+        write_json(FOLDER / f"{name}_{seed}.json", facts | provenance())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("--cells", default="", help="those whose names begin so")
+    parser.add_argument("--data", type=Path, default=Path("data/faces"))
+    given = parser.parse_args()
+    if given.what == "run":
+        run(given.cells, given.data)
+        return
+    for path in sorted(FOLDER.glob(f"{given.cells}*.json")):
+        facts = json.loads(path.read_text())
+        curves = facts["curves"]
+        print(
+            f"{path.stem:40} diverged {facts['diverged_at']!s:>6}  simple "
+            f"{np.mean(curves['simple'][-50:]):.4f}  norm 99.9 % "
+            f"{np.quantile(curves['trunk_norm'], 0.999):.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The learned variance: its bounds, the terms of the variational bound, and their gradients."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+from dalle2_video.data.video import to_float
+from dalle2_video.diffusion.objective import (
+    DiffusionConfig,
+    add_noise,
+    per_sample_loss,
+    variance_loss,
+)
+from dalle2_video.diffusion.schedule import CosineSchedule, LinearSchedule, alpha_sigma
+from dalle2_video.diffusion.variance import (
+    BIN,
+    bound_term,
+    fraction_of,
+    log_likelihood,
+    prior_term,
+    reverse_step,
+    split_output,
+)
+from dalle2_video.evaluation.likelihood import bits_of
+from dalle2_video.models.unet3d import Unet3D
+from dalle2_video.sampling import ClipSampling, sample_clips
+from tests.test_unet3d import SMALL, awake, inputs
+
+STEPS = 1000
+
+
+def posterior(x: torch.Tensor, z: torch.Tensor, now: torch.Tensor, after: torch.Tensor):
+    """Of z at `after` given z at `now` and the clip x, in float64: precisions add."""
+    alpha_t, alpha_s = torch.sigmoid(now).sqrt(), torch.sigmoid(after).sqrt()
+    forward = 1 - (alpha_t / alpha_s) ** 2  # variance of z_t given z_s
+    prior = torch.sigmoid(-after)
+    precision = 1 / prior + (alpha_t / alpha_s) ** 2 / forward
+    mean = (alpha_s * x / prior + alpha_t / alpha_s * z / forward) / precision
+    return mean, 1 / precision, forward
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(), CosineSchedule(shift=-2), LinearSchedule()])
+@pytest.mark.parametrize("t", [1.0, 0.7, 0.31, 0.0105, 0.002])
+def test_bounds_and_divergence_are_those_of_bayes(schedule, t):
+    time = torch.tensor([t])
+    step = reverse_step(schedule, time, STEPS)
+    now, after = (value.double() for value in (step.now, step.after))
+    torch.manual_seed(0)
+    x0, z, estimate = (torch.rand(1, 50, dtype=torch.float64) * 2 - 1 for _ in range(3))
+    mean, lower, upper = posterior(x0, z, now, after)
+    assert float(step.log_lower) == pytest.approx(math.log(lower), abs=2e-3)
+    assert float(step.log_upper) == pytest.approx(math.log(upper), abs=2e-3)
+    assert not step.last
+    fraction = torch.rand(1, 50)
+    variance = torch.exp(lower.log() + fraction * (upper.log() - lower.log()))
+    ours, _, _ = posterior(estimate, z, now, after)
+    wanted = kl_divergence(Normal(mean, lower.sqrt()), Normal(ours, variance.sqrt()))
+    found = bound_term(step, estimate.float(), fraction, x0.float())
+    assert float(found) == pytest.approx(float(wanted.mean() / math.log(2)), rel=5e-3)
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(), LinearSchedule()])
+def test_the_bounds_hold_at_both_ends_and_in_order(schedule):
+    t = torch.linspace(0, 1, STEPS + 1)[1:]
+    step = reverse_step(schedule, t, STEPS)
+    for value in (step.now, step.log_lower, step.log_upper):
+        assert value.isfinite().all()
+    assert (step.log_lower <= step.log_upper).all()
+    assert step.last.tolist() == [True] + [False] * (STEPS - 1)
+    # the last one ends at the clip: beta is all the noise there is; beta~ that of the step before
+    _, sigma = alpha_sigma(schedule.log_snr(t[:1]))
+    assert float(step.log_upper[0]) == pytest.approx(float(2 * sigma.log()), abs=1e-4)
+    assert float(step.log_lower[0]) == pytest.approx(float(step.log_lower[1]), abs=1e-3)
+
+
+def test_at_the_start_it_is_the_geometric_middle():
+    step = reverse_step(CosineSchedule(), torch.tensor([0.5, 0.1]), STEPS)
+    x = torch.zeros(2, 3)
+    middle = step.log_variance(fraction_of(torch.zeros(2, 3)), x)
+    wanted = (step.log_lower + step.log_upper) / 2
+    torch.testing.assert_close(middle, wanted[:, None].expand(2, 3))
+    raw = torch.tensor([-50.0, 50.0])
+    assert fraction_of(raw).tolist() == [0, 1]  # whatever the network says
+    slope = torch.autograd.functional.jacobian(fraction_of, torch.zeros(()))
+    assert float(slope) == pytest.approx(0.5)  # that of (raw + 1) / 2
+
+
+def test_the_likelihood_of_8_bit_values_sums_to_one_and_is_the_integral():
+    values = torch.linspace(-1, 1, 256)
+    for mean, deviation in ((0.2, 0.3), (-0.98, 0.01), (0.999, 1.0), (0.0, 0.001)):
+        log_variance = torch.tensor(2 * math.log(deviation))
+        found = log_likelihood(values, torch.tensor(mean), log_variance)
+        assert float(found.double().exp().sum()) == pytest.approx(1, abs=2e-4)
+    normal = Normal(torch.tensor(0.2, dtype=torch.float64), 0.3)
+    for index in (1, 100, 150, 254):
+        grid = torch.linspace(-1, 1, 256, dtype=torch.float64)[index] + BIN * (
+            (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000 - 0.5
+        )
+        integral = float(normal.log_prob(grid).exp().mean() * BIN)
+        found = log_likelihood(values[index], torch.tensor(0.2), torch.tensor(2 * math.log(0.3)))
+        assert float(found.exp()) == pytest.approx(integral, rel=1e-4)
+
+
+def test_the_likelihood_is_finite_and_falls_far_from_the_mean():
+    """Phi(b) - Phi(a) is 0 in float32 from six deviations on, where its logarithm is -inf."""
+    x = torch.linspace(-0.9, 0.9, 50)
+    mean = torch.zeros(50, requires_grad=True)
+    log_variance = torch.full((50,), 2 * math.log(0.004)).requires_grad_()
+    found = log_likelihood(x, mean, log_variance)
+    found.sum().backward()
+    assert found.isfinite().all() and (found.diff()[:24] > 0).all()
+    for grad in (mean.grad, log_variance.grad):
+        assert grad is not None and grad.isfinite().all()
+    assert float(found.detach()[0]) == pytest.approx(-0.5 * (0.896 / 0.004) ** 2, rel=0.01)
+
+
+def test_the_last_term_is_the_likelihood_and_the_prior_is_a_divergence():
+    schedule = CosineSchedule()
+    x0 = (torch.arange(0, 256, 5).float() / 127.5 - 1)[None]
+    estimate = x0 + 0.01
+    step = reverse_step(schedule, torch.tensor([1 / STEPS]), STEPS)
+    variance = step.log_variance(0.3, x0)
+    wanted = -log_likelihood(x0, estimate, variance).mean() / math.log(2)
+    assert float(bound_term(step, estimate, 0.3, x0)) == pytest.approx(float(wanted), rel=1e-6)
+    alpha, sigma = (float(a) for a in alpha_sigma(schedule.log_snr(torch.ones(1))))
+    divergence = kl_divergence(Normal(alpha * x0.double(), sigma), Normal(0.0, 1.0)).mean()
+    assert float(prior_term(schedule, x0)) == pytest.approx(
+        float(divergence) / math.log(2), rel=0.01
+    )
+
+
+def test_the_terms_sum_to_the_same_whatever_the_number_of_steps():
+    """So a term times T / 1000 has one weight: a perfect guess of known error, T = 500 to 4000."""
+    schedule = CosineSchedule()
+    torch.manual_seed(0)
+    x0 = (torch.randint(0, 256, (1, 400)).float() / 127.5 - 1).expand(4000, -1)
+    totals = []
+    for steps in (500, 1000, 4000):
+        t = torch.arange(1, steps + 1) / steps
+        now = schedule.log_snr(t)
+        # the error of the best guess of a value of variance 1/3
+        spread = (3 + torch.exp(now)).rsqrt()
+        estimate = x0[:steps] + spread[:, None] * torch.randn(steps, 400)
+        term = bound_term(reverse_step(schedule, t, steps), estimate, 0.0, x0[:steps])
+        totals.append(float(term[1:].sum()))  # but the likelihood
+    assert max(totals) < 1.05 * min(totals)
+
+
+def test_best_variance_is_found_by_the_gradient_of_the_term():
+    """Where the guess errs by e, the best variance of a step is beta~ + (share e)^2."""
+    step = reverse_step(CosineSchedule(), torch.tensor([0.6]), 20)
+    x0, error = torch.zeros(1, 1), 0.25
+    raw = torch.zeros(1, 1, requires_grad=True)
+    optimizer = torch.optim.Adam([raw], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        bound_term(step, x0 + error, fraction_of(raw), x0).sum().backward()
+        optimizer.step()
+    alpha, _ = alpha_sigma(step.after)
+    share = float(-torch.expm1(step.now - step.after) * alpha)
+    best = math.log(math.exp(float(step.log_lower)) + (share * error) ** 2)
+    found = float(step.log_variance(fraction_of(raw.detach()), x0))
+    best = min(best, float(step.log_upper))
+    assert found == pytest.approx(best, abs=0.02)
+
+
+def test_bits_of_pure_noise_are_eight():
+    """Values spread evenly, a guess that knows nothing: eight bits each, and little more."""
+    values = torch.linspace(-1, 1, 256)
+    mean = torch.zeros(())
+    bits = -log_likelihood(values, mean, torch.tensor(math.log(1 / 3))).mean() / math.log(2)
+    assert 8 < float(bits) < 8.5
+
+
+# ---- with the network
+
+
+LEARNED = dataclasses.replace(SMALL, learned_variance=True)
+
+
+def one_step(net: Unet3D, config: DiffusionConfig) -> None:
+    """Gradients of the loss of one batch, with the variance's where there is one."""
+    z, _, condition = inputs(batch=4)
+    t = torch.tensor([0.0005, 0.1, 0.5, 0.9])
+    x0 = torch.rand_like(z) * 2 - 1
+    noised = add_noise(config, x0, t, torch.randn(z.shape, generator=torch.manual_seed(3)))
+    prediction, raw = split_output(net(noised.z, noised.log_snr, condition), 3)
+    loss = per_sample_loss(config, prediction, noised).mean()
+    if raw is not None:
+        loss = loss + variance_loss(config, prediction, raw, noised, t, x0).mean()
+    loss.backward()
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_no_gradient_of_the_variance_reaches_the_prediction(prediction):
+    """Not even through the layers that both share: the rest learns as if there were none."""
+    config = DiffusionConfig(prediction=prediction, loss=prediction)
+    net, plain = awake(Unet3D(LEARNED, 24, 12)), Unet3D(SMALL, 24, 12)
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict()})
+    for one in (net, plain):
+        one_step(one, config)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(net.get_parameter(name).grad, parameter.grad), name
+    head = [net.get_parameter(f"variance.{name}").grad for name in ("weight", "bias")]
+    assert all(grad is not None and grad.any() and grad.isfinite().all() for grad in head)
+    net.zero_grad()
+    net.detach_variance = False  # as Nichol & Dhariwal have it
+    one_step(net, config)
+    pairs = [(net.get_parameter(name).grad, p.grad) for name, p in plain.named_parameters()]
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_network_says_prediction_and_fraction():
+    net = Unet3D(LEARNED, 24, 12)
+    z, log_snr, condition = inputs()
+    prediction, raw = split_output(net(z, log_snr, condition), 3)
+    assert prediction.shape == raw.shape == z.shape
+    assert (fraction_of(raw) == 0.5).all()
+    plain, none = split_output(Unet3D(SMALL, 24, 12)(z, log_snr, condition), 3)
+    assert plain.shape == z.shape and none is None
+    with pytest.raises(ValueError, match="learned_variance is for networks without low_frames"):
+        dataclasses.replace(LEARNED, low_frames=2, low_size=16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_ancestral_sampling_takes_the_learned_fraction(scale):
+    """Of the conditional half; a fraction of 0.25 everywhere is gamma 0.25."""
+    torch.manual_seed(0)
+    net = awake(Unet3D(LEARNED, 24, 12))
+    nn.init.zeros_(net.variance.weight)
+    nn.init.constant_(net.variance.bias, math.log(0.25 / 0.75) / 2)
+    _, _, condition = inputs()
+    how = ClipSampling(sampler="ancestral", steps=4, gamma=0.9, guidance_scale=scale)
+    counters = torch.arange(2)
+    with torch.no_grad():
+        found = sample_clips(net, LEARNED, DiffusionConfig(), condition, counters, how, 0)
+        fixed = dataclasses.replace(how, gamma=0.25)
+        plain = Unet3D(SMALL, 24, 12).eval()
+        state = {k: v for k, v in net.state_dict().items() if not k.startswith("variance")}
+        plain.load_state_dict(state)
+        wanted = sample_clips(plain, SMALL, DiffusionConfig(), condition, counters, fixed, 0)
+        other = sample_clips(plain, SMALL, DiffusionConfig(), condition, counters, how, 0)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert (found - other).abs().max() > 0.01
+
+
+def test_bits_of_a_perfect_guess_and_of_each_variance():
+    """A network that knows the clip pays for the last step alone, whose deviation is a value wide."""
+    x0 = to_float(torch.randint(0, 256, (3, 4, 16, 16, 3), dtype=torch.uint8))
+    config = DiffusionConfig(prediction="x0")
+    perfect = bits_of(lambda z, log_snr: x0, config, x0, torch.arange(3), 0, 8)
+    assert set(perfect) == {"lower", "upper"}
+    assert (perfect["lower"] < 0.8).all() and (perfect["lower"] > 0.5).all()
+    nothing = bits_of(lambda z, log_snr: 0 * z, config, x0, torch.arange(3), 0, 400)
+    assert (nothing["lower"] > 8).all()
+    learned = bits_of(
+        lambda z, log_snr: torch.cat([x0, 0 * x0], dim=1), config, x0, torch.arange(3), 0, 8
+    )
+    assert set(learned) == {"lower", "upper", "learned"}
+    again = bits_of(lambda z, log_snr: x0, config, x0, torch.arange(3), 0, 8)
+    assert torch.equal(again["upper"], perfect["upper"])
