@@ -13,7 +13,7 @@ without bounds, its output shares the network with the prediction, its term is a
 remedy changes one thing of it: `sigmoid` bounds the fraction; `detached`, the term's gradient ends
 at the output layer; `apart`, that layer's gradient is clipped on its own; `weight`, a tenth of the
 term; `warmup`, the term rises over the first half; `importance`, times drawn by the root of the
-term's second moment. `ours` is sigmoid, detached and apart.
+term's second moment. `ours` is sigmoid, detached and clipped.
 """
 
 import argparse
@@ -62,6 +62,7 @@ class Recipe:
     sigmoid: bool = False
     detached: bool = False
     apart: bool = False
+    clipped: bool = False
     weight: float = 1.0
     warmup: bool = False
     importance: bool = False
@@ -88,10 +89,11 @@ RECIPES = {
     "sigmoid": replace(NAIVE, sigmoid=True),
     "detached": replace(NAIVE, detached=True),
     "apart": replace(NAIVE, apart=True),
+    "clipped": replace(NAIVE, clipped=True),
     "weight": replace(NAIVE, weight=0.1),
     "warmup": replace(NAIVE, warmup=True),
     "importance": replace(NAIVE, importance=True),
-    "ours": replace(NAIVE, sigmoid=True, detached=True, apart=True),
+    "ours": replace(NAIVE, sigmoid=True, detached=True, clipped=True),
 }
 SEARCH_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -205,7 +207,7 @@ def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
             step = reverse_step(diffusion.schedule, t, diffusion.variance_steps)
             estimate = to_x0(cell.prediction, prediction.detach(), noised.z, noised.log_snr)
             fraction = fraction_of(raw) if recipe.sigmoid else (raw + 1) / 2
-            if recipe.sigmoid:
+            if recipe.clipped:
                 estimate = estimate.clamp(-1, 1)
             bits = bound_term(step, estimate, fraction, x0) * (diffusion.variance_steps / 1000)
             factor = recipe.weight * (min(1.0, 2 * i / cell.steps) if recipe.warmup else 1.0)

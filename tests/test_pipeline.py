@@ -196,6 +196,38 @@ def test_joint_training_with_self_conditioning(configure, joint_dir) -> None:
     assert hashes[0] == hashes[1], "resumed to the last bit"
 
 
+def test_a_learned_variance_trains_resumes_samples_and_is_judged(configure, run_dir) -> None:
+    learned = ["unets.base.model.learned_variance=true", "evaluate.clips=8", "evaluate.draws=3"]
+    cfg = configure(*learned, "evaluate.metric=nll", "evaluate.split=val", run="variance")
+    folder = Path(cfg.run_dir)
+    for stage in ("clip", "prior"):
+        shutil.copytree(run_dir / stage, folder / stage)
+    train_decoder.main(cfg)
+    lines = read_metrics(folder / "base" / "metrics.jsonl")
+    simple = [line["loss_simple"] for line in lines if "loss_simple" in line]
+    plain = [
+        line["loss"] for line in read_metrics(run_dir / "base/metrics.jsonl") if "loss" in line
+    ]
+    assert simple[0] == pytest.approx(plain[0], rel=1e-5)
+    assert all(line["loss_variance"] > 0 for line in lines if "loss_variance" in line)
+    again = configure(*learned, run="variance_resumed")
+    shutil.copytree(folder, again.run_dir)
+    (Path(again.run_dir) / "base/model.safetensors").unlink()
+    shutil.rmtree(Path(again.run_dir) / "base/checkpoints/000000000032")
+    train_decoder.main(again)
+    hashes = [file_hash(Path(c.run_dir) / "base/model.safetensors") for c in (cfg, again)]
+    assert hashes[0] == hashes[1], "resumed to the last bit"
+    evaluate.main(cfg)
+    found = json.loads((folder / "evaluation/nll_base.json").read_text())
+    bits = {name: found[f"bits_per_dimension_{name}"] for name in ("lower", "learned", "upper")}
+    assert all(0 < value < 100 for value in bits.values()) and found["steps"] == 1000
+    ancestral = SampleConfig(steps=2, prior_steps=2, sampler="ancestral")
+    assert Cascade.load(folder).sample(["a man smiles"], ancestral).shape == (1, 8, 32, 32, 3)
+    other = configure("evaluate.metric=nll", "unet=ssr")
+    with pytest.raises(SystemExit, match="is given a smaller clip; take unet=base"):
+        evaluate.main(other)
+
+
 def test_compile_is_refused_where_weights_are_split(configure, run_dir, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="compile is for one process or DDP"):

@@ -249,7 +249,7 @@ def test_ancestral_sampling_takes_the_learned_fraction(scale):
 
 
 def test_bits_of_a_perfect_guess_and_of_each_variance():
-    """A network that knows the clip pays for the last step alone, whose deviation is a value wide."""
+    """A network that knows the clip pays for the last step alone, whose bins are coarse."""
     x0 = to_float(torch.randint(0, 256, (3, 4, 16, 16, 3), dtype=torch.uint8))
     config = DiffusionConfig(prediction="x0")
     perfect = bits_of(lambda z, log_snr: x0, config, x0, torch.arange(3), 0, 8)
