@@ -11,9 +11,10 @@ median (of the 200 steps before) for 50 steps in a row.
 Recipes: `fixed` learns no variance. `naive` is Nichol & Dhariwal's: the fraction is (raw + 1) / 2,
 without bounds, its output shares the network with the prediction, its term is added as it is. Each
 remedy changes one thing of it: `sigmoid` bounds the fraction; `detached`, the term's gradient ends
-at the output layer; `apart`, that layer's gradient is clipped on its own; `weight`, a tenth of the
-term; `warmup`, the term rises over the first half; `importance`, times drawn by the root of the
-term's second moment. `ours` is sigmoid, detached and clipped.
+at the output layer; `apart`, that layer's gradient is clipped on its own; `clipped`, the guess of
+the clip in the term is clipped to [-1, 1], as in sampling; `weight`, a tenth of the term; `warmup`,
+the term rises over the first half; `importance`, times drawn by the root of the term's mean square.
+`ours` is sigmoid, detached and clipped.
 """
 
 import argparse
