@@ -1,8 +1,9 @@
 """When does the action of a sample start? Read by a network that was trained on real clips.
 
     python -m benchmarks.timing --run-dir runs/demo
+    python -m benchmarks.timing --run-dir runs/demo "cascade=[base]"
 
-The packaged probe's features of each of the 16 frames go into a small network over time, trained
+The packaged probe's features of each frame go into a small network over time, trained
 here on the clips of `train`: in which third of the clip the action starts. It is measured on real
 clips of val and combo, by action, then reads samples of the whole cascade from combo's captions.
 Beside both: the share of the most frequent third (chance), and the balanced accuracy, the mean over
@@ -121,7 +122,8 @@ def main() -> None:
     store, policy = store_of(cfg), CaptionPolicy(drop=False)
     known = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
     probe = load_probe().network
-    number = store.settings.num_frames
+    cascade = Cascade.load(given.run_dir, order=list(cfg.cascade))
+    number = cascade.stages[-1].unet.config.num_frames
 
     def real(split: str) -> tuple[Tensor, list[FaceAttributes]]:
         dataset = CelebVTextDataset(store, split, 0, policy)
@@ -143,7 +145,6 @@ def main() -> None:
     dataset = CelebVTextDataset(store, "combo", 0, policy, first_windows=True)
     captions, config = captions_of(dataset, given.clips), sample_config(cfg)
     clips = [known[clip_id] for clip_id in captions.clip_ids]
-    cascade = Cascade.load(given.run_dir, order=list(cfg.cascade))
     with sampling_bar(cascade.num_steps(len(clips), config)) as report:
         frames = cascade.sample(captions.lines, config, report=report)
     with torch.no_grad():

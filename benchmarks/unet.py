@@ -362,31 +362,37 @@ def bench_gpu(rounds: int) -> dict:
         "small": replace(unet_config(64, 64, 2), mults=(1, 2, 4, 6), cond_dim=512),
         "base": replace(unet_config(128, 64, 2), cond_dim=512, head_dim=64),
     }
+    cells = {
+        f"{name}_checkpointing" if checkpointing else name: (config, checkpointing)
+        for (name, config), checkpointing in itertools.product(presets.items(), (False, True))
+    }
     figures: dict[str, float] = {}
-    for (name, config), checkpointing in itertools.product(presets.items(), (False, True)):
-        key, batch, rate = f"{name}_checkpointing" if checkpointing else name, 1, 0.0
+    for key, cell in cells.items():  # the quick half first: a compilation takes minutes
+        batch, rate = 1, 0.0
         with suppress(torch.OutOfMemoryError):
             while True:
-                rate = _gpu_rate(config, batch, checkpointing, rounds)
+                rate = _gpu_rate(*cell, batch, rounds)
                 batch *= 2
         torch.cuda.empty_cache()
-        batch //= 2
-        figures[f"{key}_largest_batch"] = batch
+        figures[f"{key}_largest_batch"] = batch // 2
         figures[f"{key}_uncompiled_utilisation"] = rate / H100_BF16
-        compiled = _gpu_rate(config, batch, checkpointing, rounds, compiled=True)
+        print(key, batch // 2, f"{rate / 1e12:.0f} TFLOP/s", flush=True)
+    for key, cell in cells.items():
+        batch = int(figures[f"{key}_largest_batch"])
+        rate = _gpu_rate(*cell, batch, rounds, compiled=True)
         torch.cuda.empty_cache()
-        figures[f"{key}_utilisation"] = compiled / H100_BF16
-        print(key, batch, f"{rate / 1e12:.0f}, {compiled / 1e12:.0f} TFLOP/s", flush=True)
+        figures[f"{key}_utilisation"] = rate / H100_BF16
+        print(key, batch, f"{rate / 1e12:.0f} TFLOP/s, compiled", flush=True)
     return figures
 
 
 def _gpu_rate(
-    config: UnetConfig, batch: int, checkpointing: bool, rounds: int, compiled: bool = False
+    config: UnetConfig, checkpointing: bool, batch: int, rounds: int, compiled: bool = False
 ) -> float:
     """FLOPs per second of a training step."""
+    flops = 3 * batch * flops_of(ours(config, 1, "cuda")[1])
     net, forward = ours(config, batch, "cuda")
     assert isinstance(net, Unet3D)
-    flops = 3 * flops_of(forward)
     net.activation_checkpointing = checkpointing
     if compiled:
         torch._dynamo.reset()  # or after eight networks it gives up and runs them uncompiled
