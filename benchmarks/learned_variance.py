@@ -13,11 +13,15 @@ without bounds, its output shares the network with the prediction, its term is a
 remedy changes one thing of it: `sigmoid` bounds the fraction; `detached`, the term's gradient ends
 at the output layer; `apart`, that layer's gradient is clipped on its own; `clipped`, the guess of
 the clip in the term is clipped to [-1, 1], as in sampling; `weight`, a tenth of the term; `warmup`,
-the term rises over the first half; `importance`, times drawn by the root of the term's mean square.
-`ours` is sigmoid, detached and clipped.
+the term rises over the first half; `importance`, half of the times drawn by the root of the term's
+mean square. Together: `bounded` is sigmoid and clipped; `limited`, that and a limit on the gradient
+at each raw value; `ours`, that of `learned_variance=true`, is limited and detached. Times are those
+of T = 1000 steps in all of them. Unlike the training loop, which skips it, a step with a gradient
+that is not finite is made, so that what breaks is seen; the first is noted.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -34,11 +38,23 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.captions import CaptionPolicy
 from dalle2_video.data.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.data.video import to_float, to_uint8
-from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
+from dalle2_video.diffusion.objective import (
+    DiffusionConfig,
+    Noised,
+    add_noise,
+    per_sample_loss,
+    variance_loss,
+)
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.sampling import ancestral
 from dalle2_video.diffusion.schedule import sampler_steps
-from dalle2_video.diffusion.variance import bound_term, fraction_of, reverse_step, split_output
+from dalle2_video.diffusion.variance import (
+    bound_term,
+    fraction_of,
+    on_grid,
+    reverse_step,
+    split_output,
+)
 from dalle2_video.evaluation.attributes import load_probe
 from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.evaluation.likelihood import bits_of, to_values
@@ -64,9 +80,14 @@ class Recipe:
     detached: bool = False
     apart: bool = False
     clipped: bool = False
+    limited: bool = False
     weight: float = 1.0
     warmup: bool = False
     importance: bool = False
+
+    def fraction(self, raw: torch.Tensor) -> torch.Tensor:
+        """What it makes of a network's output."""
+        return fraction_of(raw) if self.sigmoid else (raw + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,7 @@ class Cell:
     lr: float
     clip: float | None
     precision: str  # fp32 | bf16
-    prediction: str
+    diffusion: str
     steps: int
     seeds: int
     quality: bool = False
@@ -91,10 +112,18 @@ RECIPES = {
     "detached": replace(NAIVE, detached=True),
     "apart": replace(NAIVE, apart=True),
     "clipped": replace(NAIVE, clipped=True),
+    "bounded": replace(NAIVE, sigmoid=True, clipped=True),
+    "limited": replace(NAIVE, sigmoid=True, clipped=True, limited=True),
     "weight": replace(NAIVE, weight=0.1),
     "warmup": replace(NAIVE, warmup=True),
     "importance": replace(NAIVE, importance=True),
-    "ours": replace(NAIVE, sigmoid=True, detached=True, clipped=True),
+    "ours": replace(NAIVE, sigmoid=True, detached=True, clipped=True, limited=True),
+}
+DIFFUSIONS = {
+    "v": DiffusionConfig(),
+    "v20": DiffusionConfig(log_snr_min=-20, log_snr_max=20),
+    "eps": DiffusionConfig(prediction="eps", loss="eps"),
+    "x0": DiffusionConfig(prediction="x0", max_weight=5.0, shift=-2.0),  # the demo's
 }
 SEARCH_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -102,12 +131,10 @@ SEARCH_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 def cells() -> dict[str, Cell]:
     """The grid, in the order in which it is run."""
     grid: dict[str, Cell] = {}
-    for prediction in ("v", "eps"):
-        for lr in SEARCH_RATES:
-            for clip in (1.0, None):
-                for name in ("fixed", "naive"):
-                    key = f"search_{prediction}_{lr:g}_{'clip' if clip else 'free'}_{name}"
-                    grid[key] = Cell(RECIPES[name], lr, clip, "fp32", prediction, 200, 2)
+    for diffusion, lr, clip in itertools.product(DIFFUSIONS, SEARCH_RATES, (1.0, None)):
+        for name in ("fixed", "naive"):
+            key = f"search_{diffusion}_{lr:g}_{'clip' if clip else 'free'}_{name}"
+            grid[key] = Cell(RECIPES[name], lr, clip, "fp32", diffusion, 200, 2)
     return grid
 
 
@@ -116,7 +143,7 @@ class Divergence:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.above = 0
+        self.above = self.steps = 0
         self.at: int | None = None
 
     def add(self, loss: float) -> bool:
@@ -124,20 +151,23 @@ class Divergence:
         recent = self.losses[-200:]
         high = bool(recent) and loss > 10 * statistics.median(recent)
         self.above = self.above + 1 if high else 0
-        self.losses.append(loss)
+        self.steps += 1
+        if not high:  # or a jump would soon be its own median
+            self.losses.append(loss)
         if self.at is None and (not math.isfinite(loss) or self.above >= 50):
-            self.at = len(self.losses)
+            self.at = self.steps
         return self.at is not None
 
 
 class Times:
-    """Draws times evenly, or by the root of the mean square that a term had in their bin
-    (Nichol & Dhariwal 2021, section 3.3), with the weight that makes up for it.
+    """Draws times evenly, or half of them by the root of the mean square that the term had in their
+    bin (Nichol & Dhariwal 2021, section 3.3; half, since L_simple is of the same times), with the
+    weight that makes up for it.
     """
 
     def __init__(self, importance: bool, seed: int) -> None:
         self.importance = importance
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(10_000 + seed)
         self.history: list[list[float]] = [[] for _ in range(BINS)]
 
     def draw(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +176,7 @@ class Times:
         if not self.importance or any(len(h) < 10 for h in self.history):
             return even, torch.ones(number)
         root = torch.tensor([np.sqrt(np.mean(np.square(h[-10:]))) for h in self.history])
-        share = 0.999 * root / root.sum() + 0.001 / BINS
+        share = 0.5 * root / root.sum() + 0.5 / BINS
         chosen = torch.multinomial(share.float(), number, True, generator=self.generator)
         return (chosen + even) / BINS, 1 / (BINS * share[chosen]).float()
 
@@ -180,24 +210,26 @@ class Trained:
 def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
     """One run on uint8 clips (N, F, H, W, 3); it ends where it diverges."""
     recipe = cell.recipe
-    diffusion = DiffusionConfig(prediction=cell.prediction, loss=cell.prediction)
+    diffusion = DIFFUSIONS[cell.diffusion]
     torch.manual_seed(seed)
     net = Unet3D(replace(MODEL, learned_variance=recipe.learned), 8, 8)
     net.detach_variance = recipe.detached
     head = [] if net.variance is None else list(net.variance.parameters())
     trunk = [p for p in net.parameters() if not any(p is one for one in head)]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=cell.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=cell.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = {name: p.detach().clone() for name, p in net.named_parameters()}
     times, watch = Times(recipe.importance, seed), Divergence()
     data = torch.Generator().manual_seed(seed)
     curves: dict[str, list[float]] = {
         name: [] for name in ("loss", "simple", "trunk_norm", "head_norm", "share_of_term")
     }
+    not_finite: int | None = None
     for i in range(cell.steps):
         for group in optimizer.param_groups:
             group["lr"] = cell.lr * min(1.0, (i + 1) / 30)
         rows = torch.randint(len(clips), (BATCH,), generator=data)
         x0, (t, weight) = to_float(clips[rows], FRAMES, SIDE), times.draw(BATCH)
+        t = on_grid(t, diffusion.variance_steps)
         noised = add_noise(diffusion, x0, t, torch.randn(x0.shape, generator=data))
         with torch.autocast("cpu", torch.bfloat16, enabled=cell.precision == "bf16"):
             out = net(noised.z, noised.log_snr, unconditional(BATCH))
@@ -205,12 +237,7 @@ def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
         simple = per_sample_loss(diffusion, prediction, noised)
         loss = (weight * simple).mean()
         if raw is not None:
-            step = reverse_step(diffusion.schedule, t, diffusion.variance_steps)
-            estimate = to_x0(cell.prediction, prediction.detach(), noised.z, noised.log_snr)
-            fraction = fraction_of(raw) if recipe.sigmoid else (raw + 1) / 2
-            if recipe.clipped:
-                estimate = estimate.clamp(-1, 1)
-            bits = bound_term(step, estimate, fraction, x0) * (diffusion.variance_steps / 1000)
+            bits = term_of(recipe, diffusion, prediction, raw, noised, t, x0)
             factor = recipe.weight * (min(1.0, 2 * i / cell.steps) if recipe.warmup else 1.0)
             term = factor * (weight * bits).mean()
             times.note(t, bits.detach())
@@ -226,6 +253,9 @@ def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
         curves["simple"].append(float(simple.mean()))
         curves["trunk_norm"].append(norm_of([p.grad for p in trunk]))
         curves["head_norm"].append(norm_of([p.grad for p in head]))
+        norm = curves["trunk_norm"][-1] + curves["head_norm"][-1]
+        if not_finite is None and not math.isfinite(norm):
+            not_finite = i + 1
         if watch.add(curves["loss"][-1]):
             break
         if cell.clip is not None:
@@ -237,7 +267,28 @@ def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
         with torch.no_grad():
             for name, p in net.named_parameters():
                 average[name].lerp_(p, 1 - decay)
-    return Trained(net, average, {"diverged_at": watch.at, "curves": curves})
+    facts = {"diverged_at": watch.at, "gradient_not_finite_at": not_finite, "curves": curves}
+    return Trained(net, average, facts)
+
+
+def term_of(
+    recipe: Recipe,
+    diffusion: DiffusionConfig,
+    prediction: torch.Tensor,
+    raw: torch.Tensor,
+    noised: Noised,
+    t: torch.Tensor,
+    x0: torch.Tensor,
+) -> torch.Tensor:
+    """The variance's term (B,), as `variance_loss` but for what the recipe leaves out."""
+    if recipe.limited:
+        assert recipe.sigmoid and recipe.clipped
+        return variance_loss(diffusion, prediction, raw, noised, t, x0)
+    estimate = to_x0(diffusion.prediction, prediction.detach(), noised.z, noised.log_snr)
+    estimate = estimate.clamp(-1, 1) if recipe.clipped else estimate
+    step = reverse_step(diffusion.schedule, t, diffusion.variance_steps)
+    bits = bound_term(step, estimate, recipe.fraction(raw), x0)
+    return bits * (diffusion.variance_steps / 1000)
 
 
 @torch.no_grad()
@@ -245,7 +296,7 @@ def judge(trained: Trained, cell: Cell, seed: int, held_out: torch.Tensor) -> di
     """L_simple and bits per dimension on held-out clips, and where asked, samples."""
     net = trained.net
     net.load_state_dict(net.state_dict() | trained.average)
-    diffusion = DiffusionConfig(prediction=cell.prediction, loss=cell.prediction)
+    diffusion = DIFFUSIONS[cell.diffusion]
     x0 = to_values(to_float(held_out, FRAMES, SIDE))
     simple, bits = [], {}
     for rows in torch.arange(len(x0)).split(32):
@@ -259,7 +310,9 @@ def judge(trained: Trained, cell: Cell, seed: int, held_out: torch.Tensor) -> di
             noised = add_noise(diffusion, clean, t.expand(len(clean)), noise)
             prediction, _ = split_output(network(noised.z, noised.log_snr), 3)
             simple.append(per_sample_loss(diffusion, prediction, noised))
-        for name, values in bits_of(network, diffusion, clean, rows, 0, 20).items():
+        for name, values in bits_of(
+            network, diffusion, clean, rows, 0, 20, cell.recipe.fraction
+        ).items():
             bits.setdefault(name, []).append(values)
     facts: dict = {"val_simple": float(torch.cat(simple).mean())}
     facts |= {f"bits_{name}": float(torch.cat(parts).mean()) for name, parts in bits.items()}
@@ -269,16 +322,16 @@ def judge(trained: Trained, cell: Cell, seed: int, held_out: torch.Tensor) -> di
     real = probe.features(to_uint8(x0))
     for steps in (10, 25, 50, 250):
         for name in ("lower", "upper", "learned") if cell.recipe.learned else ("lower", "upper"):
-            made = sample(net, diffusion, name, steps, len(x0), seed)
+            made = sample(net, cell, name, steps, len(x0), seed)
             facts[f"frechet_{steps}_{name}"] = frechet_distance(probe.features(made), real)
     return facts
 
 
 def sample(
-    net: Unet3D, diffusion: DiffusionConfig, variance: str, steps: int, number: int, seed: int
+    net: Unet3D, cell: Cell, variance: str, steps: int, number: int, seed: int
 ) -> torch.Tensor:
     """uint8 clips by ancestral sampling with one of the variances; the same noise for each."""
-    fraction = torch.zeros(())
+    fraction, diffusion = torch.zeros(()), DIFFUSIONS[cell.diffusion]
     made = []
     for start in range(0, number, 32):
         generator = torch.Generator().manual_seed(1000 * seed + start)
@@ -287,7 +340,7 @@ def sample(
             nonlocal fraction
             prediction, raw = split_output(net(z, log_snr, unconditional(len(z))), 3)
             if raw is not None:
-                fraction = fraction_of(raw)
+                fraction = cell.recipe.fraction(raw)
             return to_x0(diffusion.prediction, prediction, z, log_snr).clamp(-1, 1)
 
         shape = (min(32, number - start), 3, FRAMES, SIDE, SIDE)
@@ -318,6 +371,14 @@ def embedded(data_root: Path) -> Iterator[torch.Tensor]:
         yield torch.cat(parts)[: None if split == "train" else 128]
 
 
+def same_cell(path: Path, cell: Cell) -> bool:
+    """Whether a run of this cell is there; one of other settings is run again."""
+    if not path.exists():
+        return False
+    facts = json.loads(path.read_text())
+    return all(facts.get(name) == value for name, value in asdict(cell).items() if name != "seeds")
+
+
 def run(names: str, data_root: Path) -> None:
     """Every (cell, seed) of the cells whose names begin so that has no file yet."""
     torch.set_num_threads(2)
@@ -326,7 +387,7 @@ def run(names: str, data_root: Path) -> None:
         for name, cell in cells().items()
         if name.startswith(names)
         for seed in range(cell.seeds)
-        if not (FOLDER / f"{name}_{seed}.json").exists()
+        if not same_cell(FOLDER / f"{name}_{seed}.json", cell)
     ]
     if not todo:
         return
@@ -354,11 +415,17 @@ def main() -> None:
         return
     for path in sorted(FOLDER.glob(f"{given.cells}*.json")):
         facts = json.loads(path.read_text())
-        curves = facts["curves"]
+        curves = {name: np.array(values) for name, values in facts["curves"].items()}
+        total = np.hypot(curves["trunk_norm"], curves["head_norm"])
+        share = curves["share_of_term"]
         print(
-            f"{path.stem:40} diverged {facts['diverged_at']!s:>6}  simple "
-            f"{np.mean(curves['simple'][-50:]):.4f}  norm 99.9 % "
-            f"{np.quantile(curves['trunk_norm'], 0.999):.2f}"
+            f"{path.stem:36} diverged {facts['diverged_at']!s:>5} "
+            f"NaN {facts['gradient_not_finite_at']!s:>5}  simple "
+            f"{np.mean(curves['simple'][-50:]):.4f}  norms: trunk "
+            f"{np.median(curves['trunk_norm']):.3f} head {np.median(curves['head_norm']):.3f}, "
+            f"largest {total.max():.3g}, "
+            f"term's share {np.median(share) if len(share) else 0:.2g} "
+            f"to {share.max() if len(share) else 0:.2g}"
         )
 
 

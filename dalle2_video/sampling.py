@@ -41,14 +41,15 @@ from dalle2_video.models.video_clip import TextEncoding
 from dalle2_video.models.whitening import Whitening
 
 Progress = Callable[[], None]
+GAMMA = 0.1  # of ancestral sampling, where nothing better is known
 
 
 @dataclass(frozen=True)
 class ClipSampling:
     """How one U-Net of the cascade is sampled.
 
-    eta: of ddim, 0 = deterministic. gamma, corrector: of ancestral, gamma where the network has not
-    learned it. guidance_scale: 1 is the plain
+    eta: of ddim, 0 = deterministic. gamma, corrector: of ancestral; gamma None is what the network
+    has learned, or 0.1. guidance_scale: 1 is the plain
     conditional model. guidance: when it applies: "constant"; "interval", between the log-SNRs
     guidance_interval; or "oscillating", the first guidance_constant share of the steps, then every
     other one. guidance_rescale: see `guided`.
@@ -62,7 +63,7 @@ class ClipSampling:
     sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
     steps: int = 25
     eta: float = 0.0
-    gamma: float = 0.1
+    gamma: float | None = None
     corrector: float = 0.0
     guidance_scale: float = 1.0
     guidance: Literal["constant", "interval", "oscillating"] = "constant"
@@ -80,7 +81,7 @@ class ClipSampling:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eta", "gamma", "guidance_constant", "guidance_rescale"):
-            if not 0 <= getattr(self, name) <= 1:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         for name in ("corrector", "overlap"):
             if getattr(self, name) < 0:
@@ -261,7 +262,9 @@ def sample_clips(
     if config.sampler == "dpm_solver":
         x0 = dpm_solver(denoise, start(), steps, report)
     elif config.sampler == "ancestral":
-        gamma = (lambda: cast(Tensor, fraction)) if model.learned_variance else config.gamma
+        gamma = GAMMA if config.gamma is None else config.gamma
+        if config.gamma is None and model.learned_variance:
+            gamma = lambda: cast(Tensor, fraction)  # noqa: E731
         x0 = ancestral(denoise, start(), steps, noise, gamma, config.corrector, report)
     else:
         x0 = ddim(denoise, start(), steps, noise, config.eta, report)

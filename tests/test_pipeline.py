@@ -208,7 +208,7 @@ def test_a_learned_variance_trains_resumes_samples_and_is_judged(configure, run_
     plain = [
         line["loss"] for line in read_metrics(run_dir / "base/metrics.jsonl") if "loss" in line
     ]
-    assert simple[0] == pytest.approx(plain[0], rel=1e-5)
+    assert simple == pytest.approx(plain, rel=0.02)  # its times are on the grid of T
     assert all(line["loss_variance"] > 0 for line in lines if "loss_variance" in line)
     again = configure(*learned, run="variance_resumed")
     shutil.copytree(folder, again.run_dir)

@@ -10,17 +10,25 @@ from torch.distributions import Normal, kl_divergence
 
 from dalle2_video.data.video import to_float
 from dalle2_video.diffusion.objective import (
+    VARIANCE_LIMIT,
     DiffusionConfig,
     add_noise,
     per_sample_loss,
     variance_loss,
 )
-from dalle2_video.diffusion.schedule import CosineSchedule, LinearSchedule, alpha_sigma
+from dalle2_video.diffusion.schedule import (
+    CosineSchedule,
+    LinearSchedule,
+    ZeroTerminalSchedule,
+    alpha_sigma,
+)
 from dalle2_video.diffusion.variance import (
     BIN,
     bound_term,
     fraction_of,
+    log_cdf,
     log_likelihood,
+    on_grid,
     prior_term,
     reverse_step,
     split_output,
@@ -63,7 +71,16 @@ def test_bounds_and_divergence_are_those_of_bayes(schedule, t):
     assert float(found) == pytest.approx(float(wanted.mean() / math.log(2)), rel=5e-3)
 
 
-@pytest.mark.parametrize("schedule", [CosineSchedule(), LinearSchedule()])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        CosineSchedule(),
+        CosineSchedule(shift=-2),
+        CosineSchedule(-20, 20),
+        LinearSchedule(),
+        ZeroTerminalSchedule(CosineSchedule()),
+    ],
+)
 def test_the_bounds_hold_at_both_ends_and_in_order(schedule):
     t = torch.linspace(0, 1, STEPS + 1)[1:]
     step = reverse_step(schedule, t, STEPS)
@@ -75,6 +92,31 @@ def test_the_bounds_hold_at_both_ends_and_in_order(schedule):
     _, sigma = alpha_sigma(schedule.log_snr(t[:1]))
     assert float(step.log_upper[0]) == pytest.approx(float(2 * sigma.log()), abs=1e-4)
     assert float(step.log_lower[0]) == pytest.approx(float(step.log_lower[1]), abs=1e-3)
+    raw = torch.linspace(-60, 60, STEPS)[:, None].requires_grad_()
+    x0 = torch.rand(STEPS, 1) * 2 - 1
+    for estimate in (x0, x0.flip(0), torch.full_like(x0, -1.0)):
+        term = bound_term(step, estimate, fraction_of(raw), x0)
+        (gradient,) = torch.autograd.grad(term.sum(), raw)
+        assert term.isfinite().all() and gradient.isfinite().all()
+
+
+def test_times_are_those_of_the_steps():
+    t = on_grid(torch.tensor([0.0, 0.0009, 0.001, 0.5, 0.9999]), STEPS)
+    torch.testing.assert_close(t, torch.tensor([0.001, 0.001, 0.002, 0.501, 1.0]))
+
+
+def test_the_gradient_of_log_cdf_is_right_far_out():
+    """Torch's own is 7 % off at -1,000 and overflows at -20,000."""
+    x = torch.tensor([-5e4, -2e4, -1e3, -100.0, -10.1, -9.9, -1.0, 0.0, 3.0], requires_grad=True)
+    log_cdf(x).sum().backward()
+    exact = x.detach().double().requires_grad_()
+    torch.special.log_ndtr(exact).sum().backward()
+    far = x.detach() < -500
+    wanted = torch.where(far, -x.detach().double(), exact.grad)  # -x - 1/x, next to nothing more
+    torch.testing.assert_close(x.grad.double(), wanted, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        log_cdf(x).double(), torch.special.log_ndtr(exact), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_at_the_start_it_is_the_geometric_middle():
@@ -133,21 +175,62 @@ def test_the_last_term_is_the_likelihood_and_the_prior_is_a_divergence():
     )
 
 
-def test_the_terms_sum_to_the_same_whatever_the_number_of_steps():
-    """So a term times T / 1000 has one weight: a perfect guess of known error, T = 500 to 4000."""
-    schedule = CosineSchedule()
+def guesses(steps: int, config: DiffusionConfig) -> tuple[torch.Tensor, ...]:
+    """t, x0, noised and a guess of x0 that errs as the best does for values of variance 1 / 3,
+    at each of the steps.
+    """
     torch.manual_seed(0)
-    x0 = (torch.randint(0, 256, (1, 400)).float() / 127.5 - 1).expand(4000, -1)
-    totals = []
+    t = torch.arange(1, steps + 1) / steps
+    x0 = (torch.randint(0, 256, (1, 400)).float() / 127.5 - 1).expand(steps, -1)
+    noised = add_noise(config, x0, t, torch.randn(steps, 400))
+    spread = (3 + torch.exp(noised.log_snr)).rsqrt()
+    guess = (x0 + spread[:, None] * torch.randn(steps, 400)).clamp(-1, 1)
+    return t, x0, noised, guess
+
+
+def test_the_weight_of_the_term_does_not_change_with_the_number_of_steps():
+    """A term of T, times T / 1000: 0.001 of the whole bound on average, but for the last step."""
+    means = []
     for steps in (500, 1000, 4000):
-        t = torch.arange(1, steps + 1) / steps
-        now = schedule.log_snr(t)
-        # the error of the best guess of a value of variance 1/3
-        spread = (3 + torch.exp(now)).rsqrt()
-        estimate = x0[:steps] + spread[:, None] * torch.randn(steps, 400)
-        term = bound_term(reverse_step(schedule, t, steps), estimate, 0.0, x0[:steps])
-        totals.append(float(term[1:].sum()))  # but the likelihood
-    assert max(totals) < 1.05 * min(totals)
+        config = DiffusionConfig(prediction="x0", variance_steps=steps)
+        t, x0, noised, guess = guesses(steps, config)
+        loss = variance_loss(config, guess, torch.full_like(x0, -30.0), noised, t, x0)
+        means.append(float(loss[1:].mean()))
+    assert max(means) < 1.05 * min(means)
+    assert 0.002 < means[0] < 0.02
+
+
+def test_the_term_is_the_same_whatever_the_network_predicts():
+    losses = []
+    for prediction in ("eps", "x0", "v"):
+        config = DiffusionConfig(prediction=prediction, variance_steps=100)
+        t, x0, noised, guess = guesses(100, config)
+        alpha, sigma = (a[:, None] for a in alpha_sigma(noised.log_snr))
+        eps = (noised.z - alpha * guess) / sigma
+        out = {"eps": eps, "x0": guess, "v": alpha * eps - sigma * guess}[prediction]
+        losses.append(variance_loss(config, out, torch.zeros_like(x0), noised, t, x0))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.01, atol=1e-4)
+    torch.testing.assert_close(losses[2], losses[1], rtol=0.01, atol=1e-4)
+
+
+def test_the_gradient_at_each_value_is_limited_and_else_that_of_the_term():
+    config = DiffusionConfig(prediction="x0")
+    t = torch.tensor([0.001, 0.002, 0.4])
+    x0 = torch.zeros(3, 8)
+    noised = add_noise(config, x0, t, torch.randn(3, 8))
+    guess = torch.tensor([0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.1, 0.5, 1.0]).expand(3, 8)
+    raw = torch.zeros(3, 8, requires_grad=True)
+    loss = variance_loss(config, guess, raw, noised, t, x0)
+    (found,) = torch.autograd.grad(loss.sum(), raw)
+    step = reverse_step(config.schedule, t, 1000)
+    bits = bound_term(step, guess, fraction_of(raw), x0)
+    (wanted,) = torch.autograd.grad(bits.sum(), raw)
+    torch.testing.assert_close(loss, bits)
+    limit = VARIANCE_LIMIT / 8
+    torch.testing.assert_close(found, wanted.clamp(-limit, limit))
+    assert wanted.abs().max() > 10 * limit and wanted.abs().min() < limit
+    with torch.no_grad():
+        assert torch.equal(variance_loss(config, guess, raw, noised, t, x0), bits)
 
 
 def test_best_variance_is_found_by_the_gradient_of_the_term():
@@ -185,7 +268,7 @@ LEARNED = dataclasses.replace(SMALL, learned_variance=True)
 def one_step(net: Unet3D, config: DiffusionConfig) -> None:
     """Gradients of the loss of one batch, with the variance's where there is one."""
     z, _, condition = inputs(batch=4)
-    t = torch.tensor([0.0005, 0.1, 0.5, 0.9])
+    t = torch.tensor([0.001, 0.1, 0.5, 0.9])
     x0 = torch.rand_like(z) * 2 - 1
     noised = add_noise(config, x0, t, torch.randn(z.shape, generator=torch.manual_seed(3)))
     prediction, raw = split_output(net(noised.z, noised.log_snr, condition), 3)
@@ -234,7 +317,7 @@ def test_ancestral_sampling_takes_the_learned_fraction(scale):
     nn.init.zeros_(net.variance.weight)
     nn.init.constant_(net.variance.bias, math.log(0.25 / 0.75) / 2)
     _, _, condition = inputs()
-    how = ClipSampling(sampler="ancestral", steps=4, gamma=0.9, guidance_scale=scale)
+    how = ClipSampling(sampler="ancestral", steps=4, guidance_scale=scale)
     counters = torch.arange(2)
     with torch.no_grad():
         found = sample_clips(net, LEARNED, DiffusionConfig(), condition, counters, how, 0)
@@ -246,6 +329,27 @@ def test_ancestral_sampling_takes_the_learned_fraction(scale):
         other = sample_clips(plain, SMALL, DiffusionConfig(), condition, counters, how, 0)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert (found - other).abs().max() > 0.01
+
+
+def test_bits_of_a_few_steps_stand_for_all():
+    """The estimate is that of the sum over all T terms, for a guess that errs as the best one."""
+    config = DiffusionConfig(prediction="x0", variance_steps=200)
+    torch.manual_seed(0)
+    x0 = (torch.randint(0, 256, (64, 3, 1, 8, 8)).float() / 127.5 - 1) * 1.0
+    errors = torch.randn(x0.shape)
+
+    def network(z, log_snr):
+        spread = (3 + torch.exp(log_snr)).rsqrt()
+        return x0 + spread[:, None, None, None, None] * errors
+
+    whole = prior_term(config.schedule, x0)
+    for number in range(1, 201):
+        t = torch.full((64,), number / 200)
+        step = reverse_step(config.schedule, t, 200)
+        estimate = network(x0, step.now).clamp(-1, 1)
+        whole = whole + bound_term(step, estimate, 1.0, x0)
+    found = bits_of(network, config, x0, torch.arange(64), 0, 10)["upper"]
+    assert float(found.mean()) == pytest.approx(float(whole.mean()), rel=0.01)
 
 
 def test_bits_of_a_perfect_guess_and_of_each_variance():

@@ -29,7 +29,7 @@ from dalle2_video.diffusion.objective import (
     variance_loss,
 )
 from dalle2_video.diffusion.parameterization import to_x0
-from dalle2_video.diffusion.variance import split_output
+from dalle2_video.diffusion.variance import on_grid, split_output
 from dalle2_video.models.unet3d import Condition, Low, Unet3D, UnetConfig
 from dalle2_video.sampling import ClipSampling, sample_clips
 from dalle2_video.training.conditions import (
@@ -204,6 +204,8 @@ def decoder_stage(
         x0 = part_of(batch.frames, whole, corners, part)
         text = encode(batch)
         times = draw_times(step.seed, counters, stream)
+        if model.learned_variance:
+            times = on_grid(times, diffusion.variance_steps)
         t = times.to(step.device, non_blocking=True)
         shape = x0.shape[1:]
         eps = keyed.randn(shape, step.seed, counters, f"{stream}/noise", step.device)
