@@ -29,9 +29,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
@@ -413,20 +418,105 @@ def main() -> None:
     if given.what == "run":
         run(given.cells, given.data)
         return
-    for path in sorted(FOLDER.glob(f"{given.cells}*.json")):
-        facts = json.loads(path.read_text())
-        curves = {name: np.array(values) for name, values in facts["curves"].items()}
-        total = np.hypot(curves["trunk_norm"], curves["head_norm"])
-        share = curves["share_of_term"]
-        print(
-            f"{path.stem:36} diverged {facts['diverged_at']!s:>5} "
-            f"NaN {facts['gradient_not_finite_at']!s:>5}  simple "
-            f"{np.mean(curves['simple'][-50:]):.4f}  norms: trunk "
-            f"{np.median(curves['trunk_norm']):.3f} head {np.median(curves['head_norm']):.3f}, "
-            f"largest {total.max():.3g}, "
-            f"term's share {np.median(share) if len(share) else 0:.2g} "
-            f"to {share.max() if len(share) else 0:.2g}"
-        )
+    found = read(given.cells)
+    for name, runs in found.items():
+        print(f"{name:40}", summary(runs))
+    draw(found)
+
+
+def read(names: str) -> dict[str, list[dict]]:
+    """The runs of each cell whose name begins so."""
+    found: dict[str, list[dict]] = {}
+    for name in cells():
+        if name.startswith(names):
+            paths = sorted(FOLDER.glob(f"{name}_[0-9]*.json"))
+            if runs := [json.loads(path.read_text()) for path in paths]:
+                found[name] = runs
+    return found
+
+
+def summary(runs: list[dict]) -> dict[str, float]:
+    """Figures of one cell: means over its seeds, quantiles over all their steps."""
+    trunk, head = (
+        np.concatenate([run["curves"][f"{part}_norm"] for run in runs])
+        for part in ("trunk", "head")
+    )
+    share = np.concatenate([run["curves"]["share_of_term"] for run in runs])
+    figures: dict[str, float] = {
+        "runs": len(runs),
+        "diverged": sum(run["diverged_at"] is not None for run in runs),
+        "gradient_not_finite": sum(run["gradient_not_finite_at"] is not None for run in runs),
+        "simple_at_the_end": float(np.mean([np.mean(r["curves"]["simple"][-50:]) for r in runs])),
+    }
+    for name, values in (("trunk", trunk), ("head", head), ("both", np.hypot(trunk, head))):
+        figures[f"norm_{name}_median"] = float(np.median(values))
+        figures[f"norm_{name}_999"] = float(np.quantile(values, 0.999))
+    if len(share):
+        figures["share_of_term_median"] = float(np.median(share))
+        figures["share_of_term_95"] = float(np.quantile(share, 0.95))
+    for name in runs[0]:
+        if name.startswith(("val_", "bits_", "frechet_")):
+            values = [run[name] for run in runs if name in run]
+            figures[name] = float(np.mean(values))
+            figures[f"{name}_deviation"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
+def draw(found: dict[str, list[dict]]) -> None:
+    """benchmarks/results/learned_variance.json, and the pictures of docs/learned_variance.md."""
+    write_json(
+        ROOT / "benchmarks" / "results" / "learned_variance.json",
+        {name: summary(runs) for name, runs in found.items()} | provenance(),
+    )
+    images = ROOT / "docs" / "images"
+    stress = {
+        name.removeprefix("stress_"): runs for name, runs in found.items() if "stress" in name
+    }
+    if stress:
+        figure, axis = plt.subplots(figsize=(7, 3))
+        share = [
+            np.mean([run["diverged_at"] is not None for run in runs]) for runs in stress.values()
+        ]
+        axis.barh(list(stress), share)
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 1), xlabel="share of runs that diverge")
+        save(figure, images / "learned_variance_diverged.png")
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+        for axis, part in zip(axes, ("trunk", "head"), strict=True):
+            for name in ("fp32_fixed", "fp32_naive", "fp32_ours"):
+                curves = [run["curves"][f"{part}_norm"] for run in stress.get(name, [])]
+                if not curves or not any(map(sum, curves)):
+                    continue
+                length = min(map(len, curves))
+                values = np.array([curve[:length] for curve in curves])
+                axis.plot(np.median(values, 0), label=name.removeprefix("fp32_"), linewidth=1)
+                axis.fill_between(
+                    np.arange(length), values.min(0), values.max(0), alpha=0.15, linewidth=0
+                )
+            axis.set(yscale="log", xlabel="step", title=f"gradient norm, {part}")
+            axis.legend()
+        save(figure, images / "learned_variance_gradients.png")
+    worth = [run for name, runs in found.items() if name.startswith("worth_ours") for run in runs]
+    if worth:
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+        for i, name in enumerate(("lower", "upper", "learned")):
+            axes[0].scatter([i] * len(worth), [run[f"bits_{name}"] for run in worth])
+            steps = (10, 25, 50, 250)
+            values = np.array([[run[f"frechet_{n}_{name}"] for n in steps] for run in worth])
+            half = 1.96 * values.std(0, ddof=1) / len(worth) ** 0.5
+            axes[1].errorbar(steps, values.mean(0), half, label=name, capsize=3)
+        axes[0].set_xticks(range(3), ["beta~", "beta", "learned"])
+        axes[0].set(ylabel="bits per dimension", title="bound on val, by seed")
+        axes[1].set(xscale="log", xlabel="ancestral steps", title="Frechet distance (95 %)")
+        axes[1].legend()
+        save(figure, images / "learned_variance_worth.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, and closed."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
