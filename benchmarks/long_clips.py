@@ -6,7 +6,8 @@
 memory: spatial super-resolution to 128 and 256 px of 16, 64 and 256 frames in windows of 16, each
 in a process of its own, by the peak of its resident memory. The weights are random: memory does not
 depend on them. copies: what a clip takes more than one of a single window, over the float32 bytes
-of the frames that it has more.
+of the frames that it has more. glibc gives what is freed back at once there (MALLOC_...): what it
+else keeps for later is up to two copies more, and differs from run to run.
 
 seams: rendered clips of 64 frames (8 seconds) of combo's people; every second frame at 32 px goes
 through a run's TSR and SSR, which were trained on 16. How far the brightness of a frame (mean
@@ -16,6 +17,7 @@ of the real clips; once as configured, once with windows that share nothing.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -44,6 +46,7 @@ from dalle2_video.training.setup import sample_config
 
 ROOT = Path(__file__).parents[1]
 WINDOW, STEPS = 16, 2
+FREED_AT_ONCE = {f"MALLOC_{name}_THRESHOLD_": str(2**18) for name in ("MMAP", "TRIM")}
 
 
 @torch.no_grad()
@@ -77,7 +80,10 @@ def memory() -> dict[str, float]:
             for frames in (WINDOW, 64, 256):
                 command = [sys.executable, "-m", "benchmarks.long_clips", "memory", "--one"]
                 command += [str(size), str(frames), sampler]
-                done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+                env = os.environ | FREED_AT_ONCE
+                done = subprocess.run(
+                    command, check=True, capture_output=True, text=True, cwd=ROOT, env=env
+                )
                 bytes_of[frames], seconds = json.loads(done.stdout.splitlines()[-1])
                 name = f"{sampler}_{size}px_{frames}_frames"
                 figures[f"{name}_megabytes"] = round(bytes_of[frames] / 1e6, 1)
