@@ -2,20 +2,23 @@
 
     python -m benchmarks.long_clips memory
     python -m benchmarks.long_clips seams --run-dir runs/demo
+    python -m benchmarks.long_clips seams --run-dir runs/demo --stages tsr
 
 memory: spatial super-resolution to 128 and 256 px of 16, 64 and 256 frames in windows of 16, each
 in a process of its own, by the peak of its resident memory. The weights are random: memory does not
 depend on them. copies: what a clip takes more than one of a single window, over the float32 bytes
-of the frames that it has more.
+of the frames that it has more. glibc gives what is freed back at once there (MALLOC_...): what it
+else keeps for later is up to two copies more, and differs from run to run.
 
-seams: rendered clips of 64 frames (8 seconds) of combo's people; every second frame at 32 px goes
-through a run's TSR and SSR, which were trained on 16. How far the brightness of a frame (mean
-luminance) is from the one before, where a window begins or ends, beside the same between all frames
-of the real clips; once as configured, once with windows that share nothing.
+seams: rendered clips of 64 frames (8 seconds) of combo's people; fewer frames and pixels of them go
+through a run's TSR and SSR, which were trained on 16 frames. How far the brightness of a frame
+(mean luminance) is from the one before, where a window begins or ends, beside the same between all
+frames of the real clips; once as configured, once with windows that share nothing.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -37,13 +40,14 @@ from dalle2_video.diffusion.conditioning import window_starts
 from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.evaluation.light import LUMA
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import Cascade
+from dalle2_video.generate import Cascade, load_unet
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
 from dalle2_video.sampling import ClipSampling, sample_clips, sample_embeddings
 from dalle2_video.training.setup import sample_config
 
 ROOT = Path(__file__).parents[1]
 WINDOW, STEPS = 16, 2
+FREED_AT_ONCE = {f"MALLOC_{name}_THRESHOLD_": str(2**18) for name in ("MMAP", "TRIM")}
 
 
 @torch.no_grad()
@@ -77,7 +81,10 @@ def memory() -> dict[str, float]:
             for frames in (WINDOW, 64, 256):
                 command = [sys.executable, "-m", "benchmarks.long_clips", "memory", "--one"]
                 command += [str(size), str(frames), sampler]
-                done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+                env = os.environ | FREED_AT_ONCE
+                done = subprocess.run(
+                    command, check=True, capture_output=True, text=True, cwd=ROOT, env=env
+                )
                 bytes_of[frames], seconds = json.loads(done.stdout.splitlines()[-1])
                 name = f"{sampler}_{size}px_{frames}_frames"
                 figures[f"{name}_megabytes"] = round(bytes_of[frames] / 1e6, 1)
@@ -102,12 +109,16 @@ def long_faces(clips: int) -> tuple[torch.Tensor, list[list[str]]]:
 
 
 @torch.no_grad()
-def seams(run_dir: Path, clips: int) -> dict[str, float]:
-    """Jumps of brightness at the seams of TSR and SSR, and a picture."""
+def seams(run_dir: Path, clips: int, names: list[str]) -> dict[str, float]:
+    """Jumps of brightness at the seams of these U-Nets, and a picture."""
     real, lines = long_faces(clips)
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         config = sample_config(compose("config"))
-    cascade = Cascade.load(run_dir, order=("base", "tsr", "ssr"))
+    cascade = Cascade.load(run_dir)
+    unets = {name: load_unet(run_dir / name / "model.safetensors", name) for name in names}
+    frames, size = 64, 64
+    for unet, _, _ in unets.values():
+        frames, size = frames // unet.config.times[0], size // unet.config.times[1]
     text, counters = cascade.encode(lines), torch.arange(len(lines))
     embedding = sample_embeddings(
         cascade.prior, cascade.prior.whiten, cascade.prior_diffusion, text, counters, config
@@ -116,26 +127,26 @@ def seams(run_dir: Path, clips: int) -> dict[str, float]:
     natural = jumps(to_float(real)).flatten()
     figures = {"clips": float(len(lines)), "natural_jump_95": percentile(natural)}
     for kind, overlap in (("blended", None), ("apart", 0)):
-        low = to_float(real, 32, 32)
-        for stage in cascade.stages[1:]:
-            model = stage.unet.config
-            how = config.of(stage.name, model)
+        low = to_float(real, frames, size)
+        for stage, (unet, diffusion, _) in unets.items():
+            model = unet.config
+            how = config.of(stage, model)
             how = how if overlap is None else replace(how, overlap=overlap)
             parts = [
                 sample_clips(
-                    stage.unet, model, stage.diffusion, condition.rows(rows), counters[rows], how,
-                    0, low[rows], stream=stage.name,
+                    unet, model, diffusion, condition.rows(rows), counters[rows], how,
+                    0, low[rows], stream=stage,
                 )
-                for rows in tqdm(counters.split(4), desc=f"{stage.name} {kind}", unit="batch")
+                for rows in tqdm(counters.split(4), desc=f"{stage} {kind}", unit="batch")
             ]  # fmt: skip
             low = torch.cat(parts)
             window = how.window or model.num_frames
-            starts = window_starts(64, window, how.overlap, model.times[0])
+            starts = window_starts(low.shape[2], window, how.overlap, model.times[0])
             places = sorted({*starts[1:], *(start + window for start in starts[:-1])})
             found = jumps(low)
-            name = f"{stage.name}_{kind}"
+            name = f"{stage}_{kind}"
             figures[f"{name}_seam_jump_95"] = percentile(found[:, [p - 1 for p in places]])
-            rest = [p for p in range(63) if p + 1 not in places]
+            rest = [p for p in range(low.shape[2] - 1) if p + 1 not in places]
             figures[f"{name}_other_jump_95"] = percentile(found[:, rest])
         if kind == "blended":
             shown = [
@@ -166,11 +177,13 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, metavar=("SIZE", "FRAMES", "SAMPLER"), help="(inner)")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--stages", nargs="+", default=["tsr", "ssr"])
     given = parser.parse_args()
     if given.one:
         sample(int(given.one[0]), int(given.one[1]), given.one[2])
         return
-    figures = memory() if given.what == "memory" else seams(given.run_dir, given.clips)
+    wanted = given.run_dir, given.clips, given.stages
+    figures = memory() if given.what == "memory" else seams(*wanted)
     print(json.dumps(figures, indent=1))
     name = f"long_clips_{given.what}.json"
     write_json(ROOT / "benchmarks" / "results" / name, figures | provenance())
