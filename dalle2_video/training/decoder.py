@@ -255,7 +255,8 @@ def decoder_stage(
                 ]
                 before = join_frames(clean, images).clamp(-1, 1)
         outs = split_frames(unet(z, log_snr, condition, images, before, low), images)
-        losses, bits = {}, {}
+        losses: dict[str, Tensor] = {}
+        bits: dict[str, Tensor] = {}
         for out, part in zip(outs, parts, strict=True):
             prediction, raw = split_output(out, model.channels)
             given = None
