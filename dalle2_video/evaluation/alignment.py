@@ -27,7 +27,7 @@ from dalle2_video.sampling import SampleConfig
 @dataclass(frozen=True)
 class EvaluateConfig:
     """The section `evaluate`. metric: attributes (embedded data), nearest (does a sample show its
-    own clip?), or nll (the bound on a clip's bits per dimension, by the U-Net that `unet` names);
+    own clip?), or nll (the bound on a clip's bits per dimension, by the first U-Net);
     split and clips: whose captions are sampled; draws: steps of T that stand for all, of nll.
     """
 

@@ -20,8 +20,10 @@ from dalle2_video.diffusion.variance import (
     reverse_step,
     split_output,
 )
-from dalle2_video.models.unet3d import Condition, Unet3D
-from dalle2_video.training.conditions import TextEncoder
+from dalle2_video.evaluation.alignment import captions_of
+from dalle2_video.generate import Cascade, placed
+from dalle2_video.models.unet3d import Condition
+from dalle2_video.sampling import SampleConfig
 
 LAST = 7  # steps
 FIXED = {"lower": 0.0, "upper": 1.0}  # beta~ and beta
@@ -76,42 +78,43 @@ def bits_of(
 
 @torch.no_grad()
 def evaluate_bits(
-    unet: Unet3D,
-    diffusion: DiffusionConfig,
-    encode: TextEncoder,
+    cascade: Cascade,
     dataset: CelebVTextDataset,
     clips: int,
     draws: int,
-    seed: int,
-    batch_size: int,
-    report: Callable[[int], None] | None = None,
+    config: SampleConfig,
+    report: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Bits per dimension of the first clips of a split, given their texts and their own video
-    embeddings; the mean, and half its 95 % interval, of each variance and of how much less the
-    learned one takes. A self-conditioned network is judged without an estimate.
+    """Bits per dimension of the first clips of a split by a cascade's first U-Net, given texts and
+    the clips' own video embeddings; the mean, and half its 95 % interval, of each variance and of
+    how much less the learned one takes. A self-conditioned network is judged without an estimate.
     """
-    device, model = next(unet.parameters()).device, unet.config
+    stage, device, size = cascade.stages[0], cascade.device, config.batch_size
+    model, video = stage.unet.config, cascade.clip.config.video
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, clips, batch_size):
-        pointers = [dataset.eval_pointer(i) for i in range(start, min(start + batch_size, clips))]
-        batch = dataset.collate(pointers).to(device)
-        assert batch.frames is not None and batch.embeddings is not None
-        text = encode(batch)
-        condition = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
-        x0 = to_values(to_float(batch.frames, model.num_frames, model.image_size))
+    captions = captions_of(dataset, clips)
+    for rows in torch.arange(len(captions.lines)).split(size):
+        frames = captions.frames[rows].to(device)
+        text = cascade.encode(captions.lines[int(rows[0]) : int(rows[-1]) + 1])
+        with placed(cascade.clip, device):
+            view = to_float(frames, video.num_frames, video.image_size)
+            embedding = cascade.clip.encode_video(view)
+        condition = Condition.of(embedding, text.states, text.place, text.embedding)
 
         def network(z: Tensor, log_snr: Tensor, given: Condition = condition) -> Tensor:
-            return unet(z, log_snr, given)
+            return stage.unet(z, log_snr, given)
 
-        found = bits_of(network, diffusion, x0, batch.counters, seed, draws)
+        x0 = to_values(to_float(frames, model.num_frames, model.image_size))
+        with placed(stage.unet, device):
+            found = bits_of(network, stage.diffusion, x0, rows, config.seed, draws)
         for name, values in found.items():
             parts.setdefault(name, []).append(values.cpu())
         if report is not None:
-            report(len(pointers))
-    figures: dict[str, float] = {"clips": float(clips)}
+            report(len(rows))
     bits = {name: torch.cat(values) for name, values in parts.items()}
     if "learned" in bits:
         bits |= {f"learned_less_than_{name}": bits[name] - bits["learned"] for name in FIXED}
+    figures = {"clips": float(len(captions.lines)), "steps": float(stage.diffusion.variance_steps)}
     for name, values in bits.items():
         figures[f"bits_per_dimension_{name}"] = float(values.mean())
         half = 1.96 * float(values.std()) / len(values) ** 0.5
