@@ -46,18 +46,20 @@ def main(cfg: DictConfig) -> None:
     cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision, list(cfg.cascade))
     number = min(plan.clips, len(dataset))
     out = Path(cfg.out or f"{cfg.run_dir}/evaluation")
-    steps, made, captions = cascade.num_steps(number, config), {}, captions_of(dataset, number)
+    steps, made = cascade.num_steps(number, config), {}
     if plan.metric == "nll":
+        captions = captions_of(dataset, number)
         with tqdm(total=number, unit="clip") as bar:
-            figures = evaluate_bits(cascade, dataset, number, plan.draws, config, bar.update)
+            figures = evaluate_bits(cascade, captions, plan.draws, config, bar.update)
     elif plan.metric == "attributes":
         attributes = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
         steps += cascade.num_steps(number, config, cascade.stages[0].name)
         with sampling_bar(steps) as report:
-            figures, _, made = evaluate_alignment(
+            figures, captions, made = evaluate_alignment(
                 cascade, dataset, attributes, load_probe(), number, config, report
             )
     else:
+        captions = captions_of(dataset, number)
         with sampling_bar(steps) as report:
             made = cascade.sample_stages(captions.lines, config, report=report)
         own = nearest_clips(made[cascade.stages[-1].name], captions.frames) == torch.arange(number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -255,6 +255,10 @@ def sample_clips(
     def noise(i: int) -> Tensor:
         return keyed.randn(shape, seed, counters, f"{stream}/{i}", device)
 
+    def learned() -> Tensor:
+        assert fraction is not None
+        return fraction
+
     def start() -> Tensor:  # no name here holds it: the sampler works on a copy
         return keyed.randn(shape, seed, counters, stream, device)
 
@@ -262,9 +266,8 @@ def sample_clips(
     if config.sampler == "dpm_solver":
         x0 = dpm_solver(denoise, start(), steps, report)
     elif config.sampler == "ancestral":
-        gamma = GAMMA if config.gamma is None else config.gamma
-        if config.gamma is None and model.learned_variance:
-            gamma = lambda: cast(Tensor, fraction)  # noqa: E731
+        fixed = GAMMA if config.gamma is None else config.gamma
+        gamma = learned if config.gamma is None and model.learned_variance else fixed
         x0 = ancestral(denoise, start(), steps, noise, gamma, config.corrector, report)
     else:
         x0 = ddim(denoise, start(), steps, noise, config.eta, report)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from benchmarks.learned_variance import Divergence
 from dalle2_video.data.video import to_float
 from dalle2_video.diffusion.objective import (
     VARIANCE_LIMIT,
@@ -367,3 +368,13 @@ def test_bits_of_a_perfect_guess_and_of_each_variance():
     assert set(learned) == {"lower", "upper", "learned"}
     again = bits_of(lambda z, log_snr: x0, config, x0, torch.arange(3), 0, 8)
     assert torch.equal(again["upper"], perfect["upper"])
+
+
+@pytest.mark.parametrize("at", [3, 40, 150])
+def test_a_jump_of_the_loss_is_seen_whenever_it_comes(at):
+    """Also before there are many losses to compare it with; single spikes are no divergence."""
+    watch = Divergence()
+    losses = [1.0] * at + [100.0, 1.0] * 60 + [1e6] * 50
+    found = [watch.add(loss) for loss in losses]
+    assert found.index(True) == len(losses) - 1 and watch.at == len(losses)
+    assert Divergence().add(math.nan)

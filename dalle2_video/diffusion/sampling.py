@@ -2,7 +2,7 @@
 
 A denoiser maps (z, log_snr) to x0. The steps run from the noisy end to the clean end. The last
 step returns x0 itself. A copy of z is worked on in place, so a denoiser must not keep what it is
-given; three clips are held at a time (with a corrector, five).
+given; three clips are held at a time (with a corrector, five; more with a learned variance).
 """
 
 from __future__ import annotations

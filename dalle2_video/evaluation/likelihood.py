@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
-from dalle2_video.data.dataset import CelebVTextDataset
 from dalle2_video.data.video import to_float, to_uint8
 from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.diffusion.parameterization import expand, to_x0
@@ -20,7 +19,7 @@ from dalle2_video.diffusion.variance import (
     reverse_step,
     split_output,
 )
-from dalle2_video.evaluation.alignment import captions_of
+from dalle2_video.evaluation.alignment import Captions
 from dalle2_video.generate import Cascade, placed
 from dalle2_video.models.unet3d import Condition
 from dalle2_video.sampling import SampleConfig
@@ -79,20 +78,18 @@ def bits_of(
 @torch.no_grad()
 def evaluate_bits(
     cascade: Cascade,
-    dataset: CelebVTextDataset,
-    clips: int,
+    captions: Captions,
     draws: int,
     config: SampleConfig,
     report: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Bits per dimension of the first clips of a split by a cascade's first U-Net, given texts and
+    """Bits per dimension of the clips of these captions by a cascade's first U-Net, given texts and
     the clips' own video embeddings; the mean, and half its 95 % interval, of each variance and of
     how much less the learned one takes. A self-conditioned network is judged without an estimate.
     """
     stage, device, size = cascade.stages[0], cascade.device, config.batch_size
     model, video = stage.unet.config, cascade.clip.config.video
     parts: dict[str, list[Tensor]] = {}
-    captions = captions_of(dataset, clips)
     for rows in torch.arange(len(captions.lines)).split(size):
         frames = captions.frames[rows].to(device)
         text = cascade.encode(captions.lines[int(rows[0]) : int(rows[-1]) + 1])
