@@ -25,7 +25,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
@@ -69,7 +70,7 @@ from dalle2_video.training.setup import store_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "learned_variance"
-FRAMES, SIDE, BATCH, BINS = 8, 32, 16, 20
+FRAMES, SIDE, BINS, STEPS = 8, 32, 20, (10, 25, 50, 250)
 MODEL = UnetConfig(
     image_size=SIDE, num_frames=FRAMES, patch=4, dim=32, mults=(1, 2), blocks=1, head_dim=32,
     attention=(True, True), cross_attention=(False, False), cond_dim=64, embedding_tokens=0,
@@ -106,6 +107,7 @@ class Cell:
     diffusion: str
     steps: int
     seeds: int
+    batch: int = 4
     quality: bool = False
 
 
@@ -125,21 +127,36 @@ RECIPES = {
     "ours": replace(NAIVE, sigmoid=True, detached=True, clipped=True, limited=True),
 }
 DIFFUSIONS = {
+    "x0": DiffusionConfig(prediction="x0", max_weight=5.0, shift=-2.0),  # the demo's
+    "x4000": DiffusionConfig(prediction="x0", max_weight=5.0, shift=-2.0, variance_steps=4000),
     "v": DiffusionConfig(),
     "v20": DiffusionConfig(log_snr_min=-20, log_snr_max=20),
     "eps": DiffusionConfig(prediction="eps", loss="eps"),
-    "x0": DiffusionConfig(prediction="x0", max_weight=5.0, shift=-2.0),  # the demo's
 }
-SEARCH_RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2)
+REMEDIES = tuple(name for name in RECIPES if name not in ("fixed", "naive", "ours"))
 
 
 def cells() -> dict[str, Cell]:
-    """The grid, in the order in which it is run."""
+    """The grid."""
     grid: dict[str, Cell] = {}
-    for diffusion, lr, clip in itertools.product(DIFFUSIONS, SEARCH_RATES, (1.0, None)):
+    for diffusion, lr, clip in itertools.product(DIFFUSIONS, RATES, (1.0, None)):
         for name in ("fixed", "naive"):
             key = f"search_{diffusion}_{lr:g}_{'clip' if clip else 'free'}_{name}"
-            grid[key] = Cell(RECIPES[name], lr, clip, "fp32", diffusion, 200, 2)
+            seeds = 2 if diffusion == "x0" else 1
+            grid[key] = Cell(RECIPES[name], lr, clip, "fp32", diffusion, 300, seeds)
+    for setting, lr, clip in (("usual", 3e-3, 1.0), ("hard", 1e-2, None)):
+        for precision, name in itertools.product(("fp32", "bf16"), ("fixed", "naive", "ours")):
+            key = f"stress_{setting}_{precision}_{name}"
+            grid[key] = Cell(RECIPES[name], lr, clip, precision, "x0", 300, 20)
+        for name in REMEDIES:
+            key = f"stress_{setting}_fp32_{name}"
+            grid[key] = Cell(RECIPES[name], lr, clip, "fp32", "x0", 300, 5)
+    for name in ("ours", "fixed"):
+        quality = name == "ours"
+        grid[f"worth_{name}"] = Cell(
+            RECIPES[name], 3e-3, 1.0, "fp32", "x0", 2000, 5, batch=16, quality=quality
+        )
     return grid
 
 
@@ -198,9 +215,9 @@ def unconditional(number: int) -> Condition:
     return Condition.of(none, torch.zeros(number, 1, 8), place, none).dropped()
 
 
-def norm_of(tensors: list[torch.Tensor | None]) -> float:
+def norm_of(tensors: Iterable[torch.Tensor | None]) -> float:
     """Of all of them together."""
-    return math.sqrt(sum(float(x.square().sum()) for x in tensors if x is not None))
+    return float(torch.nn.utils.get_total_norm(x for x in tensors if x is not None))
 
 
 @dataclass
@@ -212,12 +229,12 @@ class Trained:
     facts: dict
 
 
-def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
+def train(cell: Cell, seed: int, clips: torch.Tensor, device: str = "cpu") -> Trained:
     """One run on uint8 clips (N, F, H, W, 3); it ends where it diverges."""
     recipe = cell.recipe
     diffusion = DIFFUSIONS[cell.diffusion]
     torch.manual_seed(seed)
-    net = Unet3D(replace(MODEL, learned_variance=recipe.learned), 8, 8)
+    net = Unet3D(replace(MODEL, learned_variance=recipe.learned), 8, 8).to(device)
     net.detach_variance = recipe.detached
     head = [] if net.variance is None else list(net.variance.parameters())
     trunk = [p for p in net.parameters() if not any(p is one for one in head)]
@@ -232,12 +249,14 @@ def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
     for i in range(cell.steps):
         for group in optimizer.param_groups:
             group["lr"] = cell.lr * min(1.0, (i + 1) / 30)
-        rows = torch.randint(len(clips), (BATCH,), generator=data)
-        x0, (t, weight) = to_float(clips[rows], FRAMES, SIDE), times.draw(BATCH)
+        rows = torch.randint(len(clips), (cell.batch,), generator=data)
+        x0, (t, weight) = to_float(clips[rows], FRAMES, SIDE), times.draw(cell.batch)
         t = on_grid(t, diffusion.variance_steps)
-        noised = add_noise(diffusion, x0, t, torch.randn(x0.shape, generator=data))
-        with torch.autocast("cpu", torch.bfloat16, enabled=cell.precision == "bf16"):
-            out = net(noised.z, noised.log_snr, unconditional(BATCH))
+        noise = torch.randn(x0.shape, generator=data)
+        x0, t, weight, noise = (one.to(device) for one in (x0, t, weight, noise))
+        noised = add_noise(diffusion, x0, t, noise)
+        with torch.autocast(device, torch.bfloat16, enabled=cell.precision == "bf16"):
+            out = net(noised.z, noised.log_snr, unconditional(cell.batch).to(device))
         prediction, raw = split_output(out.float(), 3)
         simple = per_sample_loss(diffusion, prediction, noised)
         loss = (weight * simple).mean()
@@ -254,8 +273,8 @@ def train(cell: Cell, seed: int, clips: torch.Tensor) -> Trained:
             loss = loss + term
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        curves["loss"].append(float(loss))
-        curves["simple"].append(float(simple.mean()))
+        curves["loss"].append(float(loss.detach()))
+        curves["simple"].append(float(simple.detach().mean()))
         curves["trunk_norm"].append(norm_of([p.grad for p in trunk]))
         curves["head_norm"].append(norm_of([p.grad for p in head]))
         norm = curves["trunk_norm"][-1] + curves["head_norm"][-1]
@@ -297,22 +316,27 @@ def term_of(
 
 
 @torch.no_grad()
-def judge(trained: Trained, cell: Cell, seed: int, held_out: torch.Tensor) -> dict:
-    """L_simple and bits per dimension on held-out clips, and where asked, samples."""
+def judge(
+    trained: Trained,
+    cell: Cell,
+    held_out: torch.Tensor,
+    device: str = "cpu",
+) -> dict:
+    """L_simple and bits per dimension of the averaged weights on held-out clips."""
     net = trained.net
     net.load_state_dict(net.state_dict() | trained.average)
     diffusion = DIFFUSIONS[cell.diffusion]
-    x0 = to_values(to_float(held_out, FRAMES, SIDE))
+    x0 = to_values(to_float(held_out.to(device), FRAMES, SIDE))
     simple, bits = [], {}
     for rows in torch.arange(len(x0)).split(32):
 
         def network(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-            return net(z, log_snr, unconditional(len(z)))
+            return net(z, log_snr, unconditional(len(z)).to(device))
 
         clean, generator = x0[rows], torch.Generator().manual_seed(int(rows[0]))
         for t in (torch.arange(16) + 0.5) / 16:
-            noise = torch.randn(clean.shape, generator=generator)
-            noised = add_noise(diffusion, clean, t.expand(len(clean)), noise)
+            noise = torch.randn(clean.shape, generator=generator).to(device)
+            noised = add_noise(diffusion, clean, t.expand(len(clean)).to(device), noise)
             prediction, _ = split_output(network(noised.z, noised.log_snr), 3)
             simple.append(per_sample_loss(diffusion, prediction, noised))
         for name, values in bits_of(
@@ -321,42 +345,45 @@ def judge(trained: Trained, cell: Cell, seed: int, held_out: torch.Tensor) -> di
             bits.setdefault(name, []).append(values)
     facts: dict = {"val_simple": float(torch.cat(simple).mean())}
     facts |= {f"bits_{name}": float(torch.cat(parts).mean()) for name, parts in bits.items()}
-    if not cell.quality:
-        return facts
-    probe = load_probe().network
-    real = probe.features(to_uint8(x0))
-    for steps in (10, 25, 50, 250):
+    return facts
+
+
+@torch.no_grad()
+def judge_samples(net: Unet3D, cell: Cell, seed: int, real: torch.Tensor, device: str) -> dict:
+    """Frechet distances of samples to the features of clips, by steps and variance."""
+    probe, facts = load_probe().network.to(device), {}
+    for steps in STEPS:
         for name in ("lower", "upper", "learned") if cell.recipe.learned else ("lower", "upper"):
-            made = sample(net, cell, name, steps, len(x0), seed)
-            facts[f"frechet_{steps}_{name}"] = frechet_distance(probe.features(made), real)
+            made = sample(net, cell, name, steps, seed, device)
+            facts[f"frechet_{steps}_{name}"] = frechet_distance(probe.features(made).cpu(), real)
     return facts
 
 
 def sample(
-    net: Unet3D, cell: Cell, variance: str, steps: int, number: int, seed: int
+    net: Unet3D, cell: Cell, variance: str, steps: int, seed: int, device: str
 ) -> torch.Tensor:
-    """uint8 clips by ancestral sampling with one of the variances; the same noise for each."""
+    """256 uint8 clips by ancestral sampling with one of the variances; the same noise for each."""
     fraction, diffusion = torch.zeros(()), DIFFUSIONS[cell.diffusion]
     made = []
-    for start in range(0, number, 32):
-        generator = torch.Generator().manual_seed(1000 * seed + start)
+    for start in range(0, 256, 64):
+        generator = torch.Generator(device).manual_seed(1000 * seed + start)
 
         def denoise(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
             nonlocal fraction
-            prediction, raw = split_output(net(z, log_snr, unconditional(len(z))), 3)
+            prediction, raw = split_output(net(z, log_snr, unconditional(len(z)).to(device)), 3)
             if raw is not None:
                 fraction = cell.recipe.fraction(raw)
             return to_x0(diffusion.prediction, prediction, z, log_snr).clamp(-1, 1)
 
-        shape = (min(32, number - start), 3, FRAMES, SIDE, SIDE)
+        shape = (64, 3, FRAMES, SIDE, SIDE)
         gamma = {"lower": 0.0, "upper": 1.0}.get(variance, lambda: fraction)
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator, device=device)
         made.append(
             ancestral(
                 denoise,
                 noise,
-                sampler_steps(diffusion.schedule, steps),
-                lambda _: torch.randn(shape, generator=generator),  # noqa: B023
+                sampler_steps(diffusion.schedule, steps, device),
+                lambda _: torch.randn(shape, generator=generator, device=device),  # noqa: B023
                 gamma,
             )
         )
@@ -384,15 +411,18 @@ def same_cell(path: Path, cell: Cell) -> bool:
     return all(facts.get(name) == value for name, value in asdict(cell).items() if name != "seeds")
 
 
-def run(names: str, data_root: Path) -> None:
+def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None:
     """Every (cell, seed) of the cells whose names begin so that has no file yet."""
-    torch.set_num_threads(2)
-    wanted = {name: cell for name, cell in cells().items() if name.startswith(names)}
+    wanted = [
+        (name, cell, seed)
+        for seed in range(max(cell.seeds for cell in cells().values()))
+        for name, cell in cells().items()
+        if name.startswith(names) and seed < cell.seeds
+    ]
     todo = [
         (name, cell, seed)
-        for seed in range(max((cell.seeds for cell in wanted.values()), default=0))
-        for name, cell in wanted.items()
-        if seed < cell.seeds and not same_cell(FOLDER / f"{name}_{seed}.json", cell)
+        for name, cell, seed in wanted[part::parts]
+        if not same_cell(FOLDER / f"{name}_{seed}.json", cell)
     ]
     if not todo:
         return
@@ -400,23 +430,57 @@ def run(names: str, data_root: Path) -> None:
     bar = tqdm(todo, unit="run", dynamic_ncols=True)
     for name, cell, seed in bar:
         bar.set_postfix_str(f"{name} {seed}")
-        trained = train(cell, seed, clips)
+        trained = train(cell, seed, clips, device)
         facts = trained.facts | {"cell": name, "seed": seed, **asdict(cell)}
         if trained.facts["diverged_at"] is None and not name.startswith("search"):
-            facts |= judge(trained, cell, seed, held_out)
+            facts |= judge(trained, cell, held_out, device)
+            if cell.quality:
+                save_file(trained.average, FOLDER / f"{name}_{seed}.safetensors")
         write_json(FOLDER / f"{name}_{seed}.json", facts | provenance())
+
+
+def run_samples(names: str, data_root: Path, device: str) -> None:
+    """Samples of the trained networks, whose distances are added to the files of the runs."""
+    features = FOLDER / "real.safetensors"
+    if not features.exists():
+        clips, _ = embedded(data_root)
+        probe = load_probe().network
+        with torch.no_grad():
+            save_file(
+                {"real": torch.cat(list(map(probe.features, clips[:1024].split(64))))}, features
+            )
+    real = load_file(features)["real"]
+    paths = {
+        FOLDER / f"{name}_{seed}.json": (cell, seed)
+        for name, cell in cells().items()
+        for seed in range(cell.seeds if cell.quality and name.startswith(names) else 0)
+    }
+    todo = [path for path, (cell, _) in paths.items() if same_cell(path, cell)]
+    for path in tqdm(todo, unit="run", dynamic_ncols=True):
+        (cell, seed), facts = paths[path], json.loads(path.read_text())
+        if f"frechet_{STEPS[-1]}_upper" not in facts:
+            net = Unet3D(replace(MODEL, learned_variance=cell.recipe.learned), 8, 8)
+            net.load_state_dict(net.state_dict() | load_file(path.with_suffix(".safetensors")))
+            facts |= judge_samples(net.to(device), cell, seed, real, device)
+            write_json(path, facts | {"sampled_on": provenance()["hardware"]})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "draw"))
+    parser.add_argument("what", choices=("run", "sample", "draw"))
     parser.add_argument("--cells", default="", help="those whose names begin so")
     parser.add_argument("--data", type=Path, default=Path("data/faces"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--part", default="1/1", help="of the runs, for several processes")
     given = parser.parse_args()
     if given.what == "run":
-        run(given.cells, given.data)
+        part, parts = map(int, given.part.split("/"))
+        run(given.cells, given.data, given.device, part - 1, parts)
+        return
+    if given.what == "sample":
+        run_samples(given.cells, given.data, given.device)
         return
     found = read(given.cells)
     for name, runs in found.items():
@@ -501,10 +565,9 @@ def draw(found: dict[str, list[dict]]) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
         for i, name in enumerate(("lower", "upper", "learned")):
             axes[0].scatter([i] * len(worth), [run[f"bits_{name}"] for run in worth])
-            steps = (10, 25, 50, 250)
-            values = np.array([[run[f"frechet_{n}_{name}"] for n in steps] for run in worth])
+            values = np.array([[run[f"frechet_{n}_{name}"] for n in STEPS] for run in worth])
             half = 1.96 * values.std(0, ddof=1) / len(worth) ** 0.5
-            axes[1].errorbar(steps, values.mean(0), half, label=name, capsize=3)
+            axes[1].errorbar(STEPS, values.mean(0), half, label=name, capsize=3)
         axes[0].set_xticks(range(3), ["beta~", "beta", "learned"])
         axes[0].set(ylabel="bits per dimension", title="bound on val, by seed")
         axes[1].set(xscale="log", xlabel="ancestral steps", title="Frechet distance (95 %)")
