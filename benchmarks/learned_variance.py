@@ -243,7 +243,16 @@ def train(cell: Cell, seed: int, clips: torch.Tensor, device: str = "cpu") -> Tr
     times, watch = Times(recipe.importance, seed), Divergence()
     data = torch.Generator().manual_seed(seed)
     curves: dict[str, list[float]] = {
-        name: [] for name in ("loss", "simple", "trunk_norm", "head_norm", "share_of_term")
+        name: []
+        for name in (
+            "loss",
+            "simple",
+            "term",
+            "outside",
+            "trunk_norm",
+            "head_norm",
+            "share_of_term",
+        )
     }
     not_finite: int | None = None
     for i in range(cell.steps):
@@ -265,6 +274,9 @@ def train(cell: Cell, seed: int, clips: torch.Tensor, device: str = "cpu") -> Tr
             factor = recipe.weight * (min(1.0, 2 * i / cell.steps) if recipe.warmup else 1.0)
             term = factor * (weight * bits).mean()
             times.note(t, bits.detach())
+            fraction = recipe.fraction(raw.detach())
+            curves["term"].append(float(bits.detach().mean()))
+            curves["outside"].append(float(((fraction < 0) | (fraction > 1)).float().mean()))
             if i % 10 == 0 and not recipe.detached:
                 of_term = torch.autograd.grad(term, trunk, retain_graph=True, allow_unused=True)
                 of_loss = torch.autograd.grad(loss, trunk, retain_graph=True, allow_unused=True)
@@ -364,30 +376,21 @@ def sample(
 ) -> torch.Tensor:
     """256 uint8 clips by ancestral sampling with one of the variances; the same noise for each."""
     fraction, diffusion = torch.zeros(()), DIFFUSIONS[cell.diffusion]
-    made = []
-    for start in range(0, 256, 64):
-        generator = torch.Generator(device).manual_seed(1000 * seed + start)
+    generator = torch.Generator(device).manual_seed(seed)
 
-        def denoise(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-            nonlocal fraction
-            prediction, raw = split_output(net(z, log_snr, unconditional(len(z)).to(device)), 3)
-            if raw is not None:
-                fraction = cell.recipe.fraction(raw)
-            return to_x0(diffusion.prediction, prediction, z, log_snr).clamp(-1, 1)
+    def denoise(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        nonlocal fraction
+        prediction, raw = split_output(net(z, log_snr, unconditional(len(z)).to(device)), 3)
+        if raw is not None:
+            fraction = cell.recipe.fraction(raw)
+        return to_x0(diffusion.prediction, prediction, z, log_snr).clamp(-1, 1)
 
-        shape = (64, 3, FRAMES, SIDE, SIDE)
-        gamma = {"lower": 0.0, "upper": 1.0}.get(variance, lambda: fraction)
-        noise = torch.randn(shape, generator=generator, device=device)
-        made.append(
-            ancestral(
-                denoise,
-                noise,
-                sampler_steps(diffusion.schedule, steps, device),
-                lambda _: torch.randn(shape, generator=generator, device=device),  # noqa: B023
-                gamma,
-            )
-        )
-    return to_uint8(torch.cat(made))
+    def noise(_: int = 0) -> torch.Tensor:
+        return torch.randn(256, 3, FRAMES, SIDE, SIDE, generator=generator, device=device)
+
+    gamma = {"lower": 0.0, "upper": 1.0}.get(variance, lambda: fraction)
+    steps_of = sampler_steps(diffusion.schedule, steps, device)
+    return to_uint8(ancestral(denoise, noise(), steps_of, noise, gamma))
 
 
 def embedded(data_root: Path) -> Iterator[torch.Tensor]:
@@ -439,7 +442,7 @@ def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None
         write_json(FOLDER / f"{name}_{seed}.json", facts | provenance())
 
 
-def run_samples(names: str, data_root: Path, device: str) -> None:
+def run_samples(names: str, data_root: Path, device: str, part: int, parts: int) -> None:
     """Samples of the trained networks, whose distances are added to the files of the runs."""
     features = FOLDER / "real.safetensors"
     if not features.exists():
@@ -456,7 +459,7 @@ def run_samples(names: str, data_root: Path, device: str) -> None:
         for seed in range(cell.seeds if cell.quality and name.startswith(names) else 0)
     }
     todo = [path for path, (cell, _) in paths.items() if same_cell(path, cell)]
-    for path in tqdm(todo, unit="run", dynamic_ncols=True):
+    for path in tqdm(todo[part::parts], unit="run", dynamic_ncols=True):
         (cell, seed), facts = paths[path], json.loads(path.read_text())
         if f"frechet_{STEPS[-1]}_upper" not in facts:
             net = Unet3D(replace(MODEL, learned_variance=cell.recipe.learned), 8, 8)
@@ -475,12 +478,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--part", default="1/1", help="of the runs, for several processes")
     given = parser.parse_args()
-    if given.what == "run":
+    if given.what != "draw":
         part, parts = map(int, given.part.split("/"))
-        run(given.cells, given.data, given.device, part - 1, parts)
-        return
-    if given.what == "sample":
-        run_samples(given.cells, given.data, given.device)
+        work = run if given.what == "run" else run_samples
+        work(given.cells, given.data, given.device, part - 1, parts)
         return
     found = read(given.cells)
     for name, runs in found.items():
