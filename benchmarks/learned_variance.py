@@ -14,7 +14,8 @@ remedy changes one thing of it: `sigmoid` bounds the fraction; `detached`, the t
 at the output layer; `apart`, that layer's gradient is clipped on its own; `clipped`, the guess of
 the clip in the term is clipped to [-1, 1], as in sampling; `weight`, a tenth of the term; `warmup`,
 the term rises over the first half; `importance`, half of the times drawn by the root of the term's
-mean square. Together: `bounded` is sigmoid and clipped; `limited`, that and a limit on the gradient
+mean square. Two mistakes beside them: `weak`, the paper's 0.001, which is of the sum of all terms,
+on the one that is drawn; `attached`, the term's gradient reaches the prediction. Together: `bounded` is sigmoid and clipped; `limited`, that and a limit on the gradient
 at each raw value; `ours`, that of `learned_variance=true`, is limited and detached. Times are those
 of T = 1000 steps in all of them. Unlike the training loop, which skips it, a step with a gradient
 that is not finite is made, so that what breaks is seen; the first is noted.
@@ -82,6 +83,7 @@ class Recipe:
     """How the variance is learned; as it stands, naively."""
 
     learned: bool = True
+    attached: bool = False
     sigmoid: bool = False
     detached: bool = False
     apart: bool = False
@@ -122,6 +124,8 @@ RECIPES = {
     "bounded": replace(NAIVE, sigmoid=True, clipped=True),
     "limited": replace(NAIVE, sigmoid=True, clipped=True, limited=True),
     "weight": replace(NAIVE, weight=0.1),
+    "weak": replace(NAIVE, weight=0.001),
+    "attached": replace(NAIVE, attached=True),
     "warmup": replace(NAIVE, warmup=True),
     "importance": replace(NAIVE, importance=True),
     "ours": replace(NAIVE, sigmoid=True, detached=True, clipped=True, limited=True),
@@ -320,7 +324,8 @@ def term_of(
     if recipe.limited:
         assert recipe.sigmoid and recipe.clipped
         return variance_loss(diffusion, prediction, raw, noised, t, x0)
-    estimate = to_x0(diffusion.prediction, prediction.detach(), noised.z, noised.log_snr)
+    prediction = prediction if recipe.attached else prediction.detach()
+    estimate = to_x0(diffusion.prediction, prediction, noised.z, noised.log_snr)
     estimate = estimate.clamp(-1, 1) if recipe.clipped else estimate
     step = reverse_step(diffusion.schedule, t, diffusion.variance_steps)
     bits = bound_term(step, estimate, recipe.fraction(raw), x0)
