@@ -1,7 +1,9 @@
 """What breaks when a video network learns its variance, what mends it, and what it is worth.
 
     python -m benchmarks.learned_variance run            # the grid; again goes on where it was
-    python -m benchmarks.learned_variance run --cells search
+    python -m benchmarks.learned_variance run --cells search --part 1/2   # one of two processes
+    python -m benchmarks.learned_variance sample --device cuda   # samples of the networks of worth_
+    python -m benchmarks.learned_variance anatomy        # the term's gradient, by step
     python -m benchmarks.learned_variance draw           # figures and pictures of what has been run
 
 Clips of the embedded data set, 8 frames of 32 px, without conditions. Every (cell, seed) is a file
@@ -14,11 +16,12 @@ remedy changes one thing of it: `sigmoid` bounds the fraction; `detached`, the t
 at the output layer; `apart`, that layer's gradient is clipped on its own; `clipped`, the guess of
 the clip in the term is clipped to [-1, 1], as in sampling; `weight`, a tenth of the term; `warmup`,
 the term rises over the first half; `importance`, half of the times drawn by the root of the term's
-mean square. Two mistakes beside them: `weak`, the paper's 0.001, which is of the sum of all terms,
-on the one that is drawn; `attached`, the term's gradient reaches the prediction. Together: `bounded` is sigmoid and clipped; `limited`, that and a limit on the gradient
-at each raw value; `ours`, that of `learned_variance=true`, is limited and detached. Times are those
-of T = 1000 steps in all of them. Unlike the training loop, which skips it, a step with a gradient
-that is not finite is made, so that what breaks is seen; the first is noted.
+mean square. Two are mistakes: `weak`, the paper's 0.001 on a single term, though it is of the sum
+of all; `attached`, the term's gradient reaches the prediction. Together: `bounded` is sigmoid and
+clipped; `limited`, that and a limit on the gradient at each raw value; `ours`, that of
+`learned_variance=true`, is limited and detached. Times are those of T = 1000 steps, in x4000 of
+4000. Unlike the training loop, which skips it, a step with a gradient that is not finite is made,
+so that what breaks is seen; the first is noted.
 """
 
 import argparse
@@ -71,6 +74,7 @@ from dalle2_video.training.setup import store_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "learned_variance"
+RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 FRAMES, SIDE, BINS, STEPS = 8, 32, 20, (10, 25, 50, 250)
 MODEL = UnetConfig(
     image_size=SIDE, num_frames=FRAMES, patch=4, dim=32, mults=(1, 2), blocks=1, head_dim=32,
@@ -137,6 +141,8 @@ DIFFUSIONS = {
     "v20": DiffusionConfig(log_snr_min=-20, log_snr_max=20),
     "eps": DiffusionConfig(prediction="eps", loss="eps"),
 }
+SEEDS = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262, 20: 2.093}  # Student's t, 95 %
+NUMBERS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 999)
 RATES = (3e-3, 1e-2, 3e-2)
 REMEDIES = tuple(name for name in RECIPES if name not in ("fixed", "naive", "ours"))
 
@@ -149,13 +155,14 @@ def cells() -> dict[str, Cell]:
             key = f"search_{diffusion}_{lr:g}_{'clip' if clip else 'free'}_{name}"
             seeds = 2 if diffusion == "x0" else 1
             grid[key] = Cell(RECIPES[name], lr, clip, "fp32", diffusion, 300, seeds)
-    for setting, lr, clip in (("usual", 3e-3, 1.0), ("hard", 1e-2, None)):
+    for setting, lr, clip in (("hard", 1e-2, None), ("usual", 3e-3, 1.0)):
         for precision, name in itertools.product(("fp32", "bf16"), ("fixed", "naive", "ours")):
             key = f"stress_{setting}_{precision}_{name}"
-            grid[key] = Cell(RECIPES[name], lr, clip, precision, "x0", 300, 20)
-        for name in REMEDIES:
-            key = f"stress_{setting}_fp32_{name}"
-            grid[key] = Cell(RECIPES[name], lr, clip, "fp32", "x0", 300, 5)
+            some, many = (5, 10) if setting == "usual" else (5, 20)
+            seeds = many if precision == "fp32" or (name, setting) == ("ours", "hard") else some
+            grid[key] = Cell(RECIPES[name], lr, clip, precision, "x0", 300, seeds)
+    for name in REMEDIES:
+        grid[f"stress_hard_fp32_{name}"] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
     for name in ("ours", "fixed"):
         quality = name == "ours"
         grid[f"worth_{name}"] = Cell(
@@ -343,6 +350,7 @@ def judge(
     net = trained.net
     net.load_state_dict(net.state_dict() | trained.average)
     diffusion = DIFFUSIONS[cell.diffusion]
+    held_out = held_out if cell.quality else held_out[:32]
     x0 = to_values(to_float(held_out.to(device), FRAMES, SIDE))
     simple, bits = [], {}
     for rows in torch.arange(len(x0)).split(32):
@@ -477,12 +485,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "sample", "draw"))
+    parser.add_argument("what", choices=("run", "sample", "anatomy", "draw"))
     parser.add_argument("--cells", default="", help="those whose names begin so")
     parser.add_argument("--data", type=Path, default=Path("data/faces"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--part", default="1/1", help="of the runs, for several processes")
     given = parser.parse_args()
+    if given.what == "anatomy":
+        anatomy(given.data)
+        return
     if given.what != "draw":
         part, parts = map(int, given.part.split("/"))
         work = run if given.what == "run" else run_samples
@@ -524,61 +535,139 @@ def summary(runs: list[dict]) -> dict[str, float]:
     if len(share):
         figures["share_of_term_median"] = float(np.median(share))
         figures["share_of_term_95"] = float(np.quantile(share, 0.95))
-    for name in runs[0]:
+    judged = [run for run in runs if "val_simple" in run]
+    for name in judged[0] if len(judged) in SEEDS else ():
         if name.startswith(("val_", "bits_", "frechet_")):
-            values = [run[name] for run in runs if name in run]
-            figures[name] = float(np.mean(values))
-            figures[f"{name}_deviation"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {name: round(value, 6) for name, value in figures.items()}
+            values = np.array([run[name] for run in judged if name in run])
+            if len(values) < len(judged):
+                continue  # samples of some runs are still to come
+            figures[name] = values.mean()
+            figures[f"{name}_half_width"] = half_width(values)
+            if name.endswith("_learned"):
+                for other in ("lower", "upper"):
+                    base = [run[name.removesuffix("learned") + other] for run in judged]
+                    less = np.array(base) - values
+                    figures[f"{name}_less_than_{other}"] = less.mean()
+                    figures[f"{name}_less_than_{other}_half_width"] = half_width(less)
+    return {name: round(float(value), 6) for name, value in figures.items()}
+
+
+def anatomy(data_root: Path) -> None:
+    """How large the gradient at a clip's raw values is, by step, for three predictions."""
+    clips, held_out = embedded(data_root)
+    x0 = to_values(to_float(held_out[:64], FRAMES, SIDE))
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in ("x0", "v", "eps"):
+        cell = Cell(RECIPES["fixed"], 3e-3, 1.0, "fp32", name, 300, 1)
+        trained, diffusion = train(cell, 0, clips), DIFFUSIONS[name]
+        for recipe in ("naive", "ours"):
+            found[f"{name}_{recipe}"] = {"median": [], "largest": []}
+        for number in NUMBERS:
+            t = torch.full((len(x0),), number / diffusion.variance_steps)
+            generator = torch.Generator().manual_seed(number)
+            noised = add_noise(diffusion, x0, t, torch.randn(x0.shape, generator=generator))
+            with torch.no_grad():
+                prediction = trained.net(noised.z, noised.log_snr, unconditional(len(x0)))
+            for recipe in ("naive", "ours"):
+                raw = torch.zeros_like(x0, requires_grad=True)
+                term = term_of(RECIPES[recipe], diffusion, prediction, raw, noised, t, x0)
+                (gradient,) = torch.autograd.grad(term.sum(), raw)
+                norms = gradient.flatten(1).norm(dim=1)
+                found[f"{name}_{recipe}"]["median"].append(float(norms.median()))
+                found[f"{name}_{recipe}"]["largest"].append(float(norms.max()))
+    write_json(RESULTS / "learned_variance_anatomy.json", {"steps": NUMBERS} | found | provenance())
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    for colour, name in enumerate(("x0", "v", "eps")):
+        for recipe, style in (("naive", "-"), ("ours", ":")):
+            values = found[f"{name}_{recipe}"]["median"]
+            axis.loglog(NUMBERS, values, style, color=f"C{colour}", label=f"{name}, {recipe}")
+    axis.set(xlabel="step of 1,000 (1 ends at the clip)", ylabel="norm, median of 64 clips")
+    axis.set_title("gradient of one clip's term at the raw fraction")
+    axis.legend(ncol=3)
+    save(figure, IMAGES / "learned_variance_anatomy.png")
 
 
 def draw(found: dict[str, list[dict]]) -> None:
     """benchmarks/results/learned_variance.json, and the pictures of docs/learned_variance.md."""
     write_json(
-        ROOT / "benchmarks" / "results" / "learned_variance.json",
+        RESULTS / "learned_variance.json",
         {name: summary(runs) for name, runs in found.items()} | provenance(),
     )
-    images = ROOT / "docs" / "images"
-    stress = {
-        name.removeprefix("stress_"): runs for name, runs in found.items() if "stress" in name
-    }
+    stress = {name.removeprefix("stress_"): runs for name, runs in found.items()}
+    stress = {name: runs for name, runs in stress.items() if name.startswith(("usual", "hard"))}
     if stress:
-        figure, axis = plt.subplots(figsize=(7, 3))
-        share = [
-            np.mean([run["diverged_at"] is not None for run in runs]) for runs in stress.values()
-        ]
-        axis.barh(list(stress), share)
-        axis.invert_yaxis()
-        axis.set(xlim=(0, 1), xlabel="share of runs that diverge")
-        save(figure, images / "learned_variance_diverged.png")
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-        for axis, part in zip(axes, ("trunk", "head"), strict=True):
-            for name in ("fp32_fixed", "fp32_naive", "fp32_ours"):
-                curves = [run["curves"][f"{part}_norm"] for run in stress.get(name, [])]
-                if not curves or not any(map(sum, curves)):
-                    continue
-                length = min(map(len, curves))
-                values = np.array([curve[:length] for curve in curves])
-                axis.plot(np.median(values, 0), label=name.removeprefix("fp32_"), linewidth=1)
-                axis.fill_between(
-                    np.arange(length), values.min(0), values.max(0), alpha=0.15, linewidth=0
-                )
-            axis.set(yscale="log", xlabel="step", title=f"gradient norm, {part}")
-            axis.legend()
-        save(figure, images / "learned_variance_gradients.png")
-    worth = [run for name, runs in found.items() if name.startswith("worth_ours") for run in runs]
-    if worth:
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-        for i, name in enumerate(("lower", "upper", "learned")):
-            axes[0].scatter([i] * len(worth), [run[f"bits_{name}"] for run in worth])
-            values = np.array([[run[f"frechet_{n}_{name}"] for n in STEPS] for run in worth])
-            half = 1.96 * values.std(0, ddof=1) / len(worth) ** 0.5
-            axes[1].errorbar(STEPS, values.mean(0), half, label=name, capsize=3)
-        axes[0].set_xticks(range(3), ["beta~", "beta", "learned"])
-        axes[0].set(ylabel="bits per dimension", title="bound on val, by seed")
-        axes[1].set(xscale="log", xlabel="ancestral steps", title="Frechet distance (95 %)")
-        axes[1].legend()
-        save(figure, images / "learned_variance_worth.png")
+        draw_recipes(stress)
+        draw_gradients(stress)
+    if worth := [run for run in found.get("worth_ours", []) if f"frechet_{STEPS[-1]}_upper" in run]:
+        draw_worth(worth)
+
+
+def draw_recipes(stress: dict[str, list[dict]]) -> None:
+    """Of each cell the share that diverges, the spikes, and the loss against fixed variance."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 5.5), sharey=True)
+    for row, (name, runs) in enumerate(stress.items()):
+        setting, precision, _ = name.split("_")
+        base = {run["seed"]: run for run in stress[f"{setting}_{precision}_fixed"]}
+        colour = "C0" if setting == "usual" else "C1"
+        pairs = [run for run in runs if "val_simple" in run and run["seed"] in base]
+        ratio = [run["val_simple"] / base[run["seed"]]["val_simple"] for run in pairs]
+        axes[0].barh(row, np.mean([run["diverged_at"] is not None for run in runs]), color=colour)
+        axes[1].scatter(
+            [summary([run])["norm_both_999"] for run in runs], [row] * len(runs), 8, colour
+        )
+        axes[2].scatter(ratio, [row] * len(ratio), 8, colour)
+    axes[0].set_yticks(range(len(stress)), [name.replace("_", " ") for name in stress])
+    axes[0].invert_yaxis()
+    axes[0].set(xlim=(0, 1), xlabel="share of runs that diverge")
+    axes[1].set(xscale="log", xlabel="99.9th percentile of the gradient norm")
+    axes[2].set(xscale="log", xlabel="L_simple on val / that of fixed")
+    axes[2].axvline(1, color="grey", linewidth=0.5)
+    save(figure, IMAGES / "learned_variance_recipes.png")
+
+
+def draw_gradients(stress: dict[str, list[dict]]) -> None:
+    """Norms over time: median, and the 90th percentile, over seeds and 15 steps."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 5.5), sharex=True, sharey=True)
+    places = itertools.product(enumerate(("usual", "hard")), enumerate(("trunk", "head")))
+    for (row, setting), (column, part) in places:
+        axis = axes[row, column]
+        for name in ("fixed", "naive", "ours"):
+            curves = [run["curves"][f"{part}_norm"] for run in stress[f"{setting}_fp32_{name}"]]
+            length = min(map(len, curves)) // 15 * 15
+            values = np.array([curve[:length] for curve in curves]).reshape(len(curves), -1, 15)
+            if not values.any():
+                continue
+            values = values.transpose(1, 0, 2).reshape(length // 15, -1)
+            low, middle, high, top = np.quantile(values, (0.1, 0.5, 0.9, 1), axis=1)
+            time = np.arange(length // 15) * 15 + 7
+            (line,) = axis.plot(time, middle, label=name, linewidth=1)
+            axis.fill_between(time, low, high, alpha=0.2, linewidth=0, color=line.get_color())
+            axis.plot(time, top, ":", linewidth=1, color=line.get_color())
+        axis.set(yscale="log", title=f"{setting}: gradient norm, {part}")
+        axis.legend()
+    axes[1, 0].set_xlabel("step")
+    axes[1, 1].set_xlabel("step")
+    save(figure, IMAGES / "learned_variance_gradients.png")
+
+
+def draw_worth(worth: list[dict]) -> None:
+    """Bits per dimension, and samples by the number of steps; bars are 95 % over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for i, name in enumerate(("lower", "upper", "learned")):
+        axes[0].scatter([i] * len(worth), [run[f"bits_{name}"] for run in worth])
+        values = np.array([[run[f"frechet_{n}_{name}"] for n in STEPS] for run in worth])
+        half = half_width(values)
+        axes[1].errorbar(STEPS, values.mean(0), half, label=name, capsize=3)
+    axes[0].set_xticks(range(3), ["beta~", "beta", "learned"])
+    axes[0].set(ylabel="bits per dimension", title="bound on val, by seed", yscale="log")
+    axes[1].set(xscale="log", yscale="log", xlabel="ancestral steps", title="Frechet distance")
+    axes[1].legend()
+    save(figure, IMAGES / "learned_variance_worth.png")
+
+
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Of the 95 % interval of the mean of values (seeds, ...), by Student's t."""
+    return SEEDS[len(values)] * values.std(0, ddof=1) / len(values) ** 0.5
 
 
 def save(figure: Figure, path: Path) -> None:
