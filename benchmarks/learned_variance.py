@@ -70,6 +70,8 @@ from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.evaluation.likelihood import bits_of, to_values
 from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.training.muon import Muon
+from dalle2_video.training.optimizer import param_groups
 from dalle2_video.training.setup import store_of
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,7 @@ class Cell:
     seeds: int
     batch: int = 4
     quality: bool = False
+    optimizer: str = "adamw"  # adamw | muon
 
 
 NAIVE = Recipe()
@@ -146,15 +149,23 @@ NUMBERS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 999)
 RATES = (3e-3, 1e-2, 3e-2)
 REMEDIES = tuple(name for name in RECIPES if name not in ("fixed", "naive", "ours"))
 
+SEARCH: dict[str, dict] = {
+    "x0": {"diffusion": "x0", "steps": 300, "seeds": 2},
+    **{
+        name: {"diffusion": name, "steps": 300, "seeds": 1} for name in ("x4000", "v", "v20", "eps")
+    },
+    "x0-muon": {"diffusion": "x0", "steps": 300, "seeds": 1, "optimizer": "muon"},
+    "x0-one": {"diffusion": "x0", "steps": 600, "seeds": 1, "batch": 1},
+}
+
 
 def cells() -> dict[str, Cell]:
     """The grid."""
     grid: dict[str, Cell] = {}
-    for diffusion, lr, clip in itertools.product(DIFFUSIONS, RATES, (1.0, None)):
+    for (where, kind), lr, clip in itertools.product(SEARCH.items(), RATES, (1.0, None)):
         for name in ("fixed", "naive"):
-            key = f"search_{diffusion}_{lr:g}_{'clip' if clip else 'free'}_{name}"
-            seeds = 2 if diffusion == "x0" else 1
-            grid[key] = Cell(RECIPES[name], lr, clip, "fp32", diffusion, 300, seeds)
+            key = f"search_{where}_{lr:g}_{'clip' if clip else 'free'}_{name}"
+            grid[key] = Cell(RECIPES[name], lr, clip, "fp32", **kind)
     for setting, lr, clip in (("hard", 1e-2, None), ("usual", 3e-3, 1.0)):
         for precision, name in itertools.product(("fp32", "bf16"), ("fixed", "naive", "ours")):
             key = f"stress_{setting}_{precision}_{name}"
@@ -248,7 +259,8 @@ def train(cell: Cell, seed: int, clips: torch.Tensor, device: str = "cpu") -> Tr
     net.detach_variance = recipe.detached
     head = [] if net.variance is None else list(net.variance.parameters())
     trunk = [p for p in net.parameters() if not any(p is one for one in head)]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=cell.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    kind = Muon if cell.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(param_groups(net, 0.0), lr=cell.lr, betas=(0.9, 0.99))
     average = {name: p.detach().clone() for name, p in net.named_parameters()}
     times, watch = Times(recipe.importance, seed), Divergence()
     data = torch.Generator().manual_seed(seed)
@@ -526,11 +538,18 @@ def summary(runs: list[dict]) -> dict[str, float]:
         "runs": len(runs),
         "diverged": sum(run["diverged_at"] is not None for run in runs),
         "gradient_not_finite": sum(run["gradient_not_finite_at"] is not None for run in runs),
+        "outside": float(np.mean([x for r in runs for x in r["curves"].get("outside", ())] or 0)),
         "simple_at_the_end": float(np.mean([np.mean(r["curves"]["simple"][-50:]) for r in runs])),
     }
     for name, values in (("trunk", trunk), ("head", head), ("both", np.hypot(trunk, head))):
         figures[f"norm_{name}_median"] = float(np.median(values))
         figures[f"norm_{name}_999"] = float(np.quantile(values, 0.999))
+    if (
+        clip := runs[0]["clip"]
+    ) is not None:  # what the head's gradient takes from the trunk's step
+        shrunk = np.minimum(1, clip / np.hypot(trunk, head)) / np.minimum(1, clip / trunk)
+        figures["shrunk_by_head_mean"] = float(shrunk.mean())
+        figures["shrunk_by_head_least"] = float(shrunk.min())
     if len(share):
         figures["share_of_term_median"] = float(np.median(share))
         figures["share_of_term_95"] = float(np.quantile(share, 0.95))
