@@ -33,7 +33,8 @@ from dalle2_video.diffusion.variance import bound_term, fraction_of, reverse_ste
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
-VARIANCE_LIMIT = 1.0  # bits, per value and unit of its raw fraction
+VARIANCE_WEIGHT = 0.05  # on the gradient, so that the loop's clipping hardly feels it
+VARIANCE_LIMIT = 1.0  # bits per dimension, fraction and squared gap: fractions that are 1.4 off
 
 
 @dataclass(frozen=True)
@@ -110,22 +111,30 @@ def variance_loss(
     One term of T, in bits per dimension, times T / 1000: their 0.001 is of the sum of all terms. It
     teaches the fraction alone: the prediction is detached, clipped as in sampling.
 
-    Deviation: the gradient at each value of `raw` is limited to VARIANCE_LIMIT times its share. At
-    the last steps the term grows with the square of an error in units of a tiny deviation; by how
-    much says nothing more, since the fraction ends at 1.
+    Deviation: the gradient of each step is divided by the square of the gap between the logs of its
+    bounds. That leaves its best fraction where it is, about the squared error of x0 over sigma^2,
+    and the gradient is about the difference to it; without it all that is learned are the last
+    steps, whose gradient is thousands of times the others' (docs/learned_variance.md). That of a
+    clip is limited in the mean of its absolute values: far outside the bounds, by how much says
+    nothing more. And nothing is pushed further out where the fraction has reached a bound.
     """
     estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
     step = reverse_step(config.schedule, t, config.variance_steps)
     weight = config.variance_steps / 1000
     learns = torch.is_grad_enabled()
-    leaf = raw.detach().float().requires_grad_(learns)
-    bits = bound_term(step, estimate.clamp(-1, 1), fraction_of(leaf), x0)
+    raw = raw.float()
+    fraction = fraction_of(raw.detach()).requires_grad_(learns)
+    bits = bound_term(step, estimate.clamp(-1, 1), fraction, x0)
     if not learns:
         return weight * bits
-    (gradient,) = torch.autograd.grad(bits.sum(), leaf)
-    limit = VARIANCE_LIMIT / raw[0].numel()
-    inner = (gradient.clamp(-limit, limit) * raw.float()).flatten(1).sum(1)
-    return weight * (bits.detach() + inner - inner.detach())
+    (gradient,) = torch.autograd.grad(bits.sum(), fraction)
+    gap = (step.log_upper - step.log_lower).clamp(min=1e-5)  # below, float32 has no digits of it
+    gradient = gradient / expand(gap.square(), raw)
+    size = gradient.abs().flatten(1).sum(1)
+    gradient = gradient * expand((VARIANCE_LIMIT / size).clamp(max=1), raw)
+    outward = (raw.abs() >= 1) & (raw * gradient < 0)
+    inner = (gradient.masked_fill(outward, 0.0) * raw).flatten(1).sum(1)
+    return weight * bits.detach() + VARIANCE_WEIGHT * (inner - inner.detach())
 
 
 def per_sample_loss(

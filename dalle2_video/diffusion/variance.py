@@ -70,11 +70,11 @@ def reverse_step(schedule: Schedule, t: Tensor, steps: int) -> ReverseStep:
 
 
 def fraction_of(raw: Tensor) -> Tensor:
-    """A network's raw output -> the fraction, in (0, 1); 0 is the geometric middle of the bounds.
+    """A network's raw output -> the fraction, in [0, 1]; 0 is the geometric middle of the bounds.
 
     Deviation: Nichol & Dhariwal's (raw + 1) / 2 is unbounded (docs/learned_variance.md).
     """
-    return torch.sigmoid(2 * raw)  # the slope of (raw + 1) / 2 at 0
+    return ((raw + 1) / 2).clamp(0, 1)
 
 
 def split_output(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

@@ -256,6 +256,15 @@ class Neighbours(nn.Module):
         return x + F.gelu(self.mix(torch.cat([before, y, behind], dim=-1)))
 
 
+def to_frames(says: Tensor, frames: int, batch: int, images: int) -> Tensor:
+    """What is said of each clip and of each image behind it (I, C) -> (B, F + J, C)."""
+    clips = len(says) - batch * images
+    parts = [says[clips:].unflatten(0, (batch, images))] if images else []
+    if clips:
+        parts.insert(0, says[:clips, None].expand(-1, frames, -1))
+    return torch.cat(parts, dim=1)
+
+
 class ConditionEncoder(nn.Module):
     """Condition and log-SNR -> what they say together (I, cond_dim), and tokens (I, M + N,
     cond_dim) with mask; `per_frame` makes of the first what the norms take.
@@ -295,11 +304,8 @@ class ConditionEncoder(nn.Module):
         """(I, cond_dim) and the embedding of the frames' places (1 or B, F + J, 32) -> (B, F + J,
         cond_dim).
         """
-        clips = len(says) - batch * images
-        frames = [says[clips:].unflatten(0, (batch, images))] if images else []
-        if clips:
-            frames.insert(0, says[:clips, None].expand(-1, places.shape[1] - images, -1))
-        return self.mlp(torch.cat(frames, dim=1) + self.frame(places))
+        says = to_frames(says, places.shape[1] - images, batch, images)
+        return self.mlp(says + self.frame(places))
 
     def forward(
         self, log_snr: Tensor, condition: Condition, low: Tensor | None = None
@@ -359,23 +365,39 @@ class Block(nn.Module):
         return x if self.cross is None else self.cross(x, tokens, mask, images)
 
 
+class VarianceHead(nn.Module):
+    """Features (B, F + J, H, W, D) and log-SNR (I,) -> raw fraction (B, F + J, H, W, p p C).
+
+    What it learns ends here: the rest of the network learns as if it were not there. It looks at
+    the noise by itself, since a prediction may need to tell less of it than the fraction does.
+    """
+
+    def __init__(self, dim: int, cond_dim: int, patch_dim: int) -> None:
+        super().__init__()
+        self.log_snr = LogSNREmbedding(cond_dim)
+        self.norm = AdaptiveNorm(dim, cond_dim)
+        self.out = zero_init(SpatialConv(dim, patch_dim))
+
+    def forward(self, x: Tensor, log_snr: Tensor, images: int) -> Tensor:
+        noise = to_frames(self.log_snr(log_snr), x.shape[1] - images, len(x), images)
+        return self.out(F.silu(self.norm(x.detach(), F.silu(noise))))
+
+
 class Unet3D(nn.Module):
     """Noisy clip, log-SNR and condition -> prediction of the clip's shape.
 
     Starts by predicting zero. Cost: attention is quadratic in H W within a frame and in F across
     frames, never in F H W. Runs at any number of frames. activation_checkpointing: blocks keep only
-    their inputs and run again in the backward pass. detach_variance: what the variance learns does
-    not change the prediction. ends: layers that an optimizer of matrices
+    their inputs and run again in the backward pass. ends: layers that an optimizer of matrices
     leaves alone (training/optimizer.py).
     """
 
-    ends = ("stem", "out", "variance", "condition.pool_score")
+    ends = ("stem", "out", "variance.out", "condition.pool_score")
 
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.detach_variance = True
         levels = range(len(config.mults))
         dims = [config.dim * m for m in config.mults]
         patch_dim = config.channels * config.patch**2
@@ -408,8 +430,8 @@ class Unet3D(nn.Module):
                 self.upsample.append(Upsample(dims[level], dims[level - 1]))
         self.norm = AdaptiveNorm(dims[0], config.cond_dim)
         self.out = zero_init(SpatialConv(dims[0], patch_dim))
-        variance = zero_init(SpatialConv(dims[0], patch_dim)) if config.learned_variance else None
-        self.variance = variance
+        learned = config.learned_variance
+        self.variance = VarianceHead(dims[0], config.cond_dim, patch_dim) if learned else None
 
     def _run(self, block: nn.Module, *inputs: Tensor | int) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -475,9 +497,8 @@ class Unet3D(nn.Module):
                 x = self._run(block, torch.cat([x, skips.pop()], dim=-1), *inputs)
             if level < len(self.upsample):
                 x = self.upsample[level](x)
-        x = F.silu(self.norm(x, cond))
-        outs = [self.out(x)]
+        outs = [self.out(F.silu(self.norm(x, cond)))]
         if self.variance is not None:
-            outs.append(self.variance(x.detach() if self.detach_variance else x))
+            outs.append(self.variance(x, log_snr, images))
         clips = [channels_to_space(out, self.config.patch) for out in outs]
         return torch.cat(clips, dim=-1).permute(0, 4, 1, 2, 3).to(z.dtype)
