@@ -179,9 +179,9 @@ def cells() -> dict[str, Cell]:
             grid[key] = Cell(RECIPES[name], lr, clip, precision, "x0", 300, seeds)
     for name in REMEDIES:
         grid[f"stress_hard_fp32_{name}"] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
-    for name in ("ours", "fixed"):
+    for name in ("x0", "v"):
         grid[f"worth_{name}"] = Cell(
-            RECIPES[name], 3e-3, 1.0, "fp32", "x0", 2000, 5, batch=16, quality=True
+            RECIPES["ours"], 3e-3, 1.0, "fp32", name, 2000, 5, batch=8, quality=True
         )
     return grid
 
@@ -386,7 +386,7 @@ def judge(
     net = trained.net
     net.load_state_dict(net.state_dict() | trained.average)
     diffusion = DIFFUSIONS[cell.diffusion]
-    held_out = held_out if cell.quality else held_out[:32]
+    held_out, draws = (held_out, 16) if cell.quality else (held_out[:32], 8)
     x0 = to_values(to_float(held_out.to(device), FRAMES, SIDE))
     simple, bits = [], {}
     for rows in torch.arange(len(x0)).split(32):
@@ -395,13 +395,13 @@ def judge(
             return net(z, log_snr, unconditional(len(z)).to(device))
 
         clean, generator = x0[rows], torch.Generator().manual_seed(int(rows[0]))
-        for t in (torch.arange(16) + 0.5) / 16:
+        for t in (torch.arange(draws) + 0.5) / draws:
             noise = torch.randn(clean.shape, generator=generator).to(device)
             noised = add_noise(diffusion, clean, t.expand(len(clean)).to(device), noise)
             prediction, _ = split_output(says(noised.z, noised.log_snr), 3)
             simple.append(per_sample_loss(diffusion, prediction, noised))
         for name, values in bits_of(
-            says, diffusion, clean, rows, 0, 20, cell.recipe.fraction
+            says, diffusion, clean, rows, 0, draws, cell.recipe.fraction
         ).items():
             bits.setdefault(name, []).append(values)
     facts: dict = {"val_simple": float(torch.cat(simple).mean())}
@@ -641,8 +641,7 @@ def draw(found: dict[str, list[dict]]) -> None:
     if stress:
         draw_recipes(stress)
         draw_gradients(stress)
-    if worth := [run for run in found.get("worth_ours", []) if f"frechet_{STEPS[-1]}_upper" in run]:
-        draw_worth(worth)
+    draw_worth({name: found[name] for name in ("worth_x0", "worth_v") if name in found})
 
 
 def draw_recipes(stress: dict[str, list[dict]]) -> None:
@@ -693,18 +692,21 @@ def draw_gradients(stress: dict[str, list[dict]]) -> None:
     save(figure, IMAGES / "learned_variance_gradients.png")
 
 
-def draw_worth(worth: list[dict]) -> None:
+def draw_worth(cells: dict[str, list[dict]]) -> None:
     """Bits per dimension, and samples by the number of steps; bars are 95 % over seeds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for i, name in enumerate(("lower", "upper", "learned")):
-        axes[0].scatter([i] * len(worth), [run[f"bits_{name}"] for run in worth])
-        values = np.array([[run[f"frechet_{n}_{name}"] for n in STEPS] for run in worth])
-        half = half_width(values)
-        axes[1].errorbar(STEPS, values.mean(0), half, label=name, capsize=3)
-    axes[0].set_xticks(range(3), ["beta~", "beta", "learned"])
-    axes[0].set(ylabel="bits per dimension", title="bound on val, by seed", yscale="log")
-    axes[1].set(xscale="log", yscale="log", xlabel="ancestral steps", title="Frechet distance")
-    axes[1].legend()
+    figure, axes = plt.subplots(2, max(1, len(cells)), figsize=(10, 6), squeeze=False)
+    for column, (cell, runs) in enumerate(cells.items()):
+        above, below = axes[:, column]
+        for i, name in enumerate(("lower", "upper", "learned")):
+            above.scatter([run[f"bits_{name}"] for run in runs], [i] * len(runs))
+            if all(f"frechet_{n}_{name}" in run for run in runs for n in STEPS):
+                values = np.array([[run[f"frechet_{n}_{name}"] for n in STEPS] for run in runs])
+                below.errorbar(STEPS, values.mean(0), half_width(values), label=name, capsize=3)
+        above.set_yticks(range(3), ["beta~", "beta", "learned"])
+        above.set(xlabel="bits per dimension, by seed", xscale="log")
+        above.set_title("prediction " + cell.removeprefix("worth_"))
+        below.set(xscale="log", yscale="log", xlabel="ancestral steps", ylabel="Frechet distance")
+        below.legend()
     save(figure, IMAGES / "learned_variance_worth.png")
 
 
