@@ -410,16 +410,6 @@ def judge(
 
 
 @torch.no_grad()
-def judge_samples(net: Unet3D, cell: Cell, seed: int, real: torch.Tensor, device: str) -> dict:
-    """Frechet distances of samples to the features of clips, by steps and variance."""
-    probe, facts = load_probe().network.to(device), {}
-    for steps in STEPS:
-        for name in ("lower", "upper", "learned") if cell.recipe.learned else ("lower", "upper"):
-            made = sample(net, cell, name, steps, seed, device)
-            facts[f"frechet_{steps}_{name}"] = frechet_distance(probe.features(made).cpu(), real)
-    return facts
-
-
 def sample(
     net: Unet3D, cell: Cell, variance: str, steps: int, seed: int, device: str
 ) -> torch.Tensor:
@@ -492,29 +482,35 @@ def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None
 
 
 def run_samples(names: str, data_root: Path, device: str, part: int, parts: int) -> None:
-    """Samples of the trained networks, whose distances are added to the files of the runs."""
-    features = FOLDER / "real.safetensors"
+    """Frechet distances of samples of the trained networks to clips of train, by the probe's
+    features; added to the files of the runs.
+    """
+    probe, features = load_probe().network, FOLDER / "real.safetensors"
     if not features.exists():
         clips, _ = embedded(data_root)
-        probe = load_probe().network
         with torch.no_grad():
             save_file(
                 {"real": torch.cat(list(map(probe.features, clips[:1024].split(64))))}, features
             )
-    real = load_file(features)["real"]
-    paths = {
-        FOLDER / f"{name}_{seed}.json": (cell, seed)
+    real, probe = load_file(features)["real"], probe.to(device)
+    runs = [
+        (FOLDER / f"{name}_{seed}.json", cell, seed)
         for name, cell in cells().items()
         for seed in range(cell.seeds if cell.quality and name.startswith(names) else 0)
-    }
-    todo = [path for path, (cell, _) in paths.items() if same_cell(path, cell)]
-    for path in tqdm(todo[part::parts], unit="run", dynamic_ncols=True):
-        (cell, seed), facts = paths[path], json.loads(path.read_text())
-        if f"frechet_{STEPS[-1]}_upper" not in facts:
-            net = network(cell.recipe)
-            net.load_state_dict(net.state_dict() | load_file(path.with_suffix(".safetensors")))
-            facts |= judge_samples(net.to(device), cell, seed, real, device)
-            write_json(path, facts | {"sampled_on": provenance()["hardware"]})
+    ][part::parts]
+    runs = [one for one in runs if same_cell(*one[:2])]
+    for steps, (path, cell, seed) in tqdm(list(itertools.product(STEPS, runs)), dynamic_ncols=True):
+        facts = json.loads(path.read_text())
+        if f"frechet_{steps}_learned" in facts:
+            continue
+        net = network(cell.recipe)
+        net.load_state_dict(net.state_dict() | load_file(path.with_suffix(".safetensors")))
+        net.to(device)
+        for name in ("lower", "upper", "learned"):
+            with torch.no_grad():
+                made = probe.features(sample(net, cell, name, steps, seed, device)).cpu()
+            facts[f"frechet_{steps}_{name}"] = frechet_distance(made, real)
+        write_json(path, facts | {"sampled_on": provenance()["hardware"]})
 
 
 def main() -> None:

@@ -245,12 +245,13 @@ def joint(batch: int = 2, frames: int = 4, images: int = 3):
     return torch.cat([z, stills], dim=2), torch.cat([log_snr, levels]), both
 
 
-def test_images_are_alone_and_the_clip_is_as_without_them() -> None:
+@pytest.mark.parametrize("learned", [False, True])
+def test_images_are_alone_and_the_clip_is_as_without_them(learned: bool) -> None:
     """No information passes between masked frames: each part equals a run of its own."""
-    net = awake(Unet3D(SMALL, 24, 12))
+    net = awake(Unet3D(dataclasses.replace(SMALL, learned_variance=learned), 24, 12))
     z, log_snr, condition = joint()
     out = net(z, log_snr, condition, 3)
-    assert out.shape == z.shape
+    assert out.shape == (len(z), 6 if learned else 3, *z.shape[2:])
     clip = net(z[:, :, :4], log_snr[:2], Condition(*(c[:2] for c in condition)))
     torch.testing.assert_close(out[:, :, :4], clip, atol=1e-5, rtol=1e-4)
     for b in range(2):
