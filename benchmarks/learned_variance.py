@@ -615,14 +615,20 @@ def anatomy(data_root: Path) -> None:
                 found[f"{name}_{recipe}"]["median"].append(float(norms.median()))
                 found[f"{name}_{recipe}"]["largest"].append(float(norms.max()))
     write_json(RESULTS / "learned_variance_anatomy.json", {"steps": NUMBERS} | found | provenance())
+
+
+def draw_anatomy(found: dict) -> None:
+    """The median norms, by step."""
     figure, axis = plt.subplots(figsize=(7, 3.4))
     for colour, name in enumerate(("x0", "v", "eps")):
         for recipe, style in (("naive", "-"), ("ours", ":")):
             values = found[f"{name}_{recipe}"]["median"]
-            axis.loglog(NUMBERS, values, style, color=f"C{colour}", label=f"{name}, {recipe}")
+            axis.loglog(
+                found["steps"], values, style, color=f"C{colour}", label=f"{name}, {recipe}"
+            )
     axis.set(xlabel="step of 1,000 (1 ends at the clip)", ylabel="norm, median of 64 clips")
     axis.set_title("gradient of one clip's term at the raw fraction")
-    axis.legend(ncol=3)
+    axis.legend(ncol=3, loc="lower left")
     save(figure, IMAGES / "learned_variance_anatomy.png")
 
 
@@ -637,6 +643,8 @@ def draw(found: dict[str, list[dict]]) -> None:
     if stress:
         draw_recipes(stress)
         draw_gradients(stress)
+    if (path := RESULTS / "learned_variance_anatomy.json").exists():
+        draw_anatomy(json.loads(path.read_text()))
     draw_worth({name: found[name] for name in ("worth_x0", "worth_v") if name in found})
 
 
