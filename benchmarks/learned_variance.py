@@ -149,7 +149,11 @@ DIFFUSIONS = {
     "v20": DiffusionConfig(log_snr_min=-20, log_snr_max=20),
     "eps": DiffusionConfig(prediction="eps", loss="eps"),
 }
-SEEDS = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262, 20: 2.093}  # Student's t, 95 %
+GAMMAS = {"lower": 0.0, "tenth": 0.1, "middle": 0.5, "upper": 1.0}
+STUDENT = (  # by degrees of freedom, 95 %
+    math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+    2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
+)  # fmt: skip
 NUMBERS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 999)
 RATES = (3e-3, 1e-2, 3e-2)
 REMEDIES = tuple(name for name in RECIPES if name not in ("fixed", "naive", "ours"))
@@ -351,6 +355,7 @@ def network(recipe: Recipe) -> Unet3D:
     net = Unet3D(replace(MODEL, learned_variance=recipe.own), 8, 8)
     if recipe.learned and not recipe.own:
         net.out = Shared(net.out, recipe.detached)
+        net.ends = (*net.ends, "out.out", "out.raw")
     return net
 
 
@@ -386,7 +391,7 @@ def judge(
     net = trained.net
     net.load_state_dict(net.state_dict() | trained.average)
     diffusion = DIFFUSIONS[cell.diffusion]
-    held_out, draws = (held_out, 16) if cell.quality else (held_out[:32], 8)
+    held_out, draws = (held_out[:64], 16) if cell.quality else (held_out[:32], 4)
     x0 = to_values(to_float(held_out.to(device), FRAMES, SIDE))
     simple, bits = [], {}
     for rows in torch.arange(len(x0)).split(32):
@@ -395,7 +400,7 @@ def judge(
             return net(z, log_snr, unconditional(len(z)).to(device))
 
         clean, generator = x0[rows], torch.Generator().manual_seed(int(rows[0]))
-        for t in (torch.arange(draws) + 0.5) / draws:
+        for t in (torch.arange(8) + 0.5) / 8:
             noise = torch.randn(clean.shape, generator=generator).to(device)
             noised = add_noise(diffusion, clean, t.expand(len(clean)).to(device), noise)
             prediction, _ = split_output(says(noised.z, noised.log_snr), 3)
@@ -427,7 +432,7 @@ def sample(
     def noise(_: int = 0) -> torch.Tensor:
         return torch.randn(256, 3, FRAMES, SIDE, SIDE, generator=generator, device=device)
 
-    gamma = {"lower": 0.0, "upper": 1.0}.get(variance, lambda: fraction)
+    gamma = GAMMAS.get(variance, lambda: fraction)
     steps_of = sampler_steps(diffusion.schedule, steps, device)
     return to_uint8(ancestral(denoise, noise(), steps_of, noise, gamma))
 
@@ -506,7 +511,7 @@ def run_samples(names: str, data_root: Path, device: str, part: int, parts: int)
         net = network(cell.recipe)
         net.load_state_dict(net.state_dict() | load_file(path.with_suffix(".safetensors")))
         net.to(device)
-        for name in ("lower", "upper", "learned"):
+        for name in (*GAMMAS, "learned"):
             with torch.no_grad():
                 made = probe.features(sample(net, cell, name, steps, seed, device)).cpu()
             facts[f"frechet_{steps}_{name}"] = frechet_distance(made, real)
@@ -531,10 +536,7 @@ def main() -> None:
         work = run if given.what == "run" else run_samples
         work(given.cells, given.data, given.device, part - 1, parts)
         return
-    found = read(given.cells)
-    for name, runs in found.items():
-        print(f"{name:40}", summary(runs))
-    draw(found)
+    draw(read(given.cells))
 
 
 def read(names: str) -> dict[str, list[dict]]:
@@ -543,6 +545,7 @@ def read(names: str) -> dict[str, list[dict]]:
     for name in cells():
         if name.startswith(names):
             paths = sorted(FOLDER.glob(f"{name}_[0-9]*.json"))
+            paths = [path for path in paths if same_cell(path, cells()[name])]
             if runs := [json.loads(path.read_text()) for path in paths]:
                 found[name] = runs
     return found
@@ -558,16 +561,19 @@ def summary(runs: list[dict]) -> dict[str, float]:
     figures: dict[str, float] = {
         "runs": len(runs),
         "diverged": sum(run["diverged_at"] is not None for run in runs),
+        "diverged_by_simple": sum(
+            any(map(Divergence().add, run["curves"]["simple"])) for run in runs
+        ),
         "gradient_not_finite": sum(run["gradient_not_finite_at"] is not None for run in runs),
         "outside": float(np.mean([x for r in runs for x in r["curves"].get("outside", ())] or 0)),
         "simple_at_the_end": float(np.mean([np.mean(r["curves"]["simple"][-50:]) for r in runs])),
     }
     for name, values in (("trunk", trunk), ("head", head), ("both", np.hypot(trunk, head))):
-        figures[f"norm_{name}_median"] = float(np.median(values))
-        figures[f"norm_{name}_999"] = float(np.quantile(values, 0.999))
-    if (
-        clip := runs[0]["clip"]
-    ) is not None:  # what the head's gradient takes from the trunk's step
+        finite = values[np.isfinite(values)]  # the others are counted above
+        figures[f"norm_{name}_median"] = float(np.median(finite))
+        figures[f"norm_{name}_999"] = float(np.quantile(finite, 0.999))
+    clip = runs[0]["clip"]
+    if clip is not None:  # what the head's gradient takes from the trunk's step
         shrunk = np.minimum(1, clip / np.hypot(trunk, head)) / np.minimum(1, clip / trunk)
         figures["shrunk_by_head_mean"] = float(shrunk.mean())
         figures["shrunk_by_head_least"] = float(shrunk.min())
@@ -575,7 +581,7 @@ def summary(runs: list[dict]) -> dict[str, float]:
         figures["share_of_term_median"] = float(np.median(share))
         figures["share_of_term_95"] = float(np.quantile(share, 0.95))
     judged = [run for run in runs if "val_simple" in run]
-    for name in judged[0] if len(judged) in SEEDS else ():
+    for name in judged[0] if judged else ():
         if name.startswith(("val_", "bits_", "frechet_")):
             values = np.array([run[name] for run in judged if name in run])
             if len(values) < len(judged):
@@ -583,12 +589,35 @@ def summary(runs: list[dict]) -> dict[str, float]:
             figures[name] = values.mean()
             figures[f"{name}_half_width"] = half_width(values)
             if name.endswith("_learned"):
-                for other in ("lower", "upper"):
+                for other in GAMMAS:
+                    if name.removesuffix("learned") + other not in judged[0]:
+                        continue
                     base = [run[name.removesuffix("learned") + other] for run in judged]
                     less = np.array(base) - values
                     figures[f"{name}_less_than_{other}"] = less.mean()
                     figures[f"{name}_less_than_{other}_half_width"] = half_width(less)
-    return {name: round(float(value), 6) for name, value in figures.items()}
+    figures["judged"] = len(judged)
+    return {name: round(float(v), 6) for name, v in figures.items() if math.isfinite(v)}
+
+
+def against(runs: list[dict], fixed: list[dict]) -> dict[str, float]:
+    """L_simple on val over that of fixed variance, in pairs of runs of one seed that were both
+    judged, and the quantile of the gradient norm over its.
+    """
+    base = {run["seed"]: run["val_simple"] for run in fixed if "val_simple" in run}
+    pairs = [
+        run["val_simple"] / base[run["seed"]]
+        for run in runs
+        if "val_simple" in run and run["seed"] in base
+    ]
+    ratio = np.array(pairs)
+    figures = {
+        "pairs": len(ratio),
+        "val_simple_over_fixed": ratio.mean() if len(ratio) else math.nan,
+        "val_simple_over_fixed_half_width": half_width(ratio) if len(ratio) else math.nan,
+        "norm_999_over_fixed": summary(runs)["norm_both_999"] / summary(fixed)["norm_both_999"],
+    }
+    return {name: round(float(v), 6) for name, v in figures.items() if math.isfinite(v)}
 
 
 def anatomy(data_root: Path) -> None:
@@ -634,10 +663,15 @@ def draw_anatomy(found: dict) -> None:
 
 def draw(found: dict[str, list[dict]]) -> None:
     """benchmarks/results/learned_variance.json, and the pictures of docs/learned_variance.md."""
-    write_json(
-        RESULTS / "learned_variance.json",
-        {name: summary(runs) for name, runs in found.items()} | provenance(),
-    )
+    figures: dict[str, dict[str, float]] = {}
+    for name, runs in found.items():
+        figures[name] = summary(runs)
+        fixed = name.rpartition("_")[0] + "_fixed"
+        if fixed in found and fixed != name:
+            figures[name] |= against(runs, found[fixed])
+        print(f"{name:40}", figures[name])
+    commits = sorted({run["commit"] for runs in found.values() for run in runs})
+    write_json(RESULTS / "learned_variance.json", figures | provenance() | {"commits": commits})
     stress = {name.removeprefix("stress_"): runs for name, runs in found.items()}
     stress = {name: runs for name, runs in stress.items() if name.startswith(("usual", "hard"))}
     if stress:
@@ -701,12 +735,12 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
     figure, axes = plt.subplots(2, max(1, len(cells)), figsize=(10, 6), squeeze=False)
     for column, (cell, runs) in enumerate(cells.items()):
         above, below = axes[:, column]
-        for i, name in enumerate(("lower", "upper", "learned")):
+        for i, name in enumerate(("lower", "middle", "upper", "learned")):
             above.scatter([run[f"bits_{name}"] for run in runs], [i] * len(runs))
             if all(f"frechet_{n}_{name}" in run for run in runs for n in STEPS):
                 values = np.array([[run[f"frechet_{n}_{name}"] for n in STEPS] for run in runs])
                 below.errorbar(STEPS, values.mean(0), half_width(values), label=name, capsize=3)
-        above.set_yticks(range(3), ["beta~", "beta", "learned"])
+        above.set_yticks(range(4), ["beta~", "middle", "beta", "learned"])
         above.set(xlabel="bits per dimension, by seed", xscale="log")
         above.set_title("prediction " + cell.removeprefix("worth_"))
         below.set(xscale="log", yscale="log", xlabel="ancestral steps", ylabel="Frechet distance")
@@ -716,7 +750,9 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
 
 def half_width(values: np.ndarray) -> np.ndarray:
     """Of the 95 % interval of the mean of values (seeds, ...), by Student's t."""
-    return SEEDS[len(values)] * values.std(0, ddof=1) / len(values) ** 0.5
+    if len(values) < 2:
+        return np.full(values.shape[1:], math.nan)
+    return STUDENT[len(values) - 1] * values.std(0, ddof=1) / len(values) ** 0.5
 
 
 def save(figure: Figure, path: Path) -> None:

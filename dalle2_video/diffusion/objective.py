@@ -29,12 +29,12 @@ from dalle2_video.diffusion.schedule import (
     ZeroTerminalSchedule,
     alpha_sigma,
 )
-from dalle2_video.diffusion.variance import bound_term, fraction_of, reverse_step
+from dalle2_video.diffusion.variance import bound_term, fraction_of, off_by, reverse_step
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
 VARIANCE_WEIGHT = 0.05  # on the gradient, so that the loop's clipping hardly feels it
-VARIANCE_LIMIT = 1.0  # bits per dimension, fraction and squared gap: fractions that are 1.4 off
+VARIANCE_LIMIT = 1.0  # bits, as of fractions that are 1.4 too low
 
 
 @dataclass(frozen=True)
@@ -108,33 +108,28 @@ def variance_loss(
 ) -> Tensor:
     """L_vlb of Nichol & Dhariwal 2021 (section 3.1) as it is added to the loss, (B,) in float32.
 
-    One term of T, in bits per dimension, times T / 1000: their 0.001 is of the sum of all terms. It
-    teaches the fraction alone: the prediction is detached, clipped as in sampling.
+    Its value is one term of T, in bits per dimension, times T / 1000: their 0.001 is of the sum of
+    all terms. It teaches the fraction alone: the prediction is detached, clipped as in sampling.
 
-    Deviation: the gradient of each step is divided by the square of the gap between the logs of its
-    bounds. That leaves its best fraction where it is, about the squared error of x0 over sigma^2,
-    and the gradient is about the difference to it; without it all that is learned are the last
-    steps, whose gradient is thousands of times the others' (docs/learned_variance.md). That of a
-    clip is limited in the mean of its absolute values: far outside the bounds, by how much says
-    nothing more. And nothing is pushed further out where the fraction has reached a bound.
+    Deviation: its gradient at `raw` is how much the fraction is off by (`off_by`), which divides
+    that of the term by the squared gap of the bounds. Without that, all that is learned are the
+    last steps, whose gradient is thousands of times the others' (docs/learned_variance.md). Nothing
+    is pushed further out where the fraction has reached a bound, and a clip's gradient is limited
+    in the mean of its absolute values: far outside the bounds, by how much says nothing more.
     """
     estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
+    estimate, raw = estimate.clamp(-1, 1), raw.float()
     step = reverse_step(config.schedule, t, config.variance_steps)
-    weight = config.variance_steps / 1000
-    learns = torch.is_grad_enabled()
-    raw = raw.float()
-    fraction = fraction_of(raw.detach()).requires_grad_(learns)
-    bits = bound_term(step, estimate.clamp(-1, 1), fraction, x0)
-    if not learns:
-        return weight * bits
-    (gradient,) = torch.autograd.grad(bits.sum(), fraction)
-    gap = (step.log_upper - step.log_lower).clamp(min=1e-5)  # below, float32 has no digits of it
-    gradient = gradient / expand(gap.square(), raw)
-    size = gradient.abs().flatten(1).sum(1)
-    gradient = gradient * expand((VARIANCE_LIMIT / size).clamp(max=1), raw)
-    outward = (raw.abs() >= 1) & (raw * gradient < 0)
-    inner = (gradient.masked_fill(outward, 0.0) * raw).flatten(1).sum(1)
-    return weight * bits.detach() + VARIANCE_WEIGHT * (inner - inner.detach())
+    fraction = fraction_of(raw.detach())
+    bits = config.variance_steps / 1000 * bound_term(step, estimate, fraction, x0)
+    if not torch.is_grad_enabled():
+        return bits
+    off = off_by(step, estimate, fraction, x0) / raw[0].numel()
+    off = off.masked_fill((raw.abs() >= 1) & (raw * off < 0), 0.0)
+    size = off.abs().flatten(1).sum(1)
+    off = off * expand((VARIANCE_LIMIT / size).clamp(max=1), raw)
+    inner = (off * raw).flatten(1).sum(1)
+    return bits + VARIANCE_WEIGHT * (inner - inner.detach())
 
 
 def per_sample_loss(

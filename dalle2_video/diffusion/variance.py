@@ -40,10 +40,15 @@ class ReverseStep(NamedTuple):
     log_upper: Tensor
     last: Tensor
 
+    @property
+    def gap(self) -> Tensor:
+        """log_upper less log_lower, with all its digits where they are nearly the same."""
+        gap = F.logsigmoid(-self.now) - F.logsigmoid(-self.after)
+        return torch.where(self.last, self.log_upper - self.log_lower, gap)
+
     def log_variance(self, fraction: Tensor | float, like: Tensor) -> Tensor:
         """Between the bounds, (B, ...): 0 is the lower one, 1 the upper."""
-        lower, upper = expand(self.log_lower, like), expand(self.log_upper, like)
-        return lower + fraction * (upper - lower)
+        return expand(self.log_lower, like) + fraction * expand(self.gap, like)
 
 
 def on_grid(t: Tensor, steps: int) -> Tensor:
@@ -107,6 +112,25 @@ def bound_term(step: ReverseStep, estimate: Tensor, fraction: Tensor | float, x0
         x0, torch.where(last, estimate, x0), torch.where(last, log_variance, 0.0)
     )
     return torch.where(last, -likelihood, divergence).flatten(1).mean(1) * BITS
+
+
+def off_by(step: ReverseStep, estimate: Tensor, fraction: Tensor, x0: Tensor) -> Tensor:
+    """How much too large the fractions are, (B, ...): the gradient by them of `bound_term`, per
+    value (not over their number), over the squared gap.
+
+    To first order in the gap (f - f*) / (2 ln 2), where f* = (x0 - estimate)^2 / sigma^2 at
+    step.now. In the last step it is the gradient of the likelihood of 8-bit values.
+    """
+    gap, last = expand(step.gap.clamp(min=1e-12), x0), expand(step.last, x0)
+    growth = -torch.expm1(step.now - step.after) * torch.exp(step.after)  # of the SNR
+    excess = (x0 - estimate).square() * expand(growth, x0)
+    shrunk = fraction * gap
+    of_step = (-torch.expm1(-shrunk) - excess * torch.exp(-shrunk)) / (2 * gap)
+    leaf = fraction.detach().requires_grad_()
+    log_variance = torch.where(last, step.log_variance(leaf, x0), 0.0)
+    likelihood = log_likelihood(x0, torch.where(last, estimate, x0), log_variance)
+    (of_last,) = torch.autograd.grad(likelihood.sum(), leaf)
+    return torch.where(last, -of_last / gap.square(), of_step) * BITS
 
 
 def log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from dalle2_video.models.unet3d import Condition
 from dalle2_video.sampling import SampleConfig
 
 LAST = 7  # steps
-FIXED = {"lower": 0.0, "upper": 1.0}  # beta~ and beta
+FIXED = {"lower": 0.0, "middle": 0.5, "upper": 1.0}  # beta~, their geometric mean, beta
 
 
 def to_values(x: Tensor) -> Tensor:
