@@ -156,7 +156,6 @@ STUDENT = (  # by degrees of freedom, 95 %
 )  # fmt: skip
 NUMBERS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 999)
 RATES = (3e-3, 1e-2, 3e-2)
-REMEDIES = tuple(name for name in RECIPES if name not in ("fixed", "naive", "ours"))
 
 SEARCH: dict[str, dict] = {
     "x0": {"diffusion": "x0", "steps": 300, "seeds": 2},
@@ -175,14 +174,17 @@ def cells() -> dict[str, Cell]:
         for name in ("fixed", "naive"):
             key = f"search_{where}_{lr:g}_{'clip' if clip else 'free'}_{name}"
             grid[key] = Cell(RECIPES[name], lr, clip, "fp32", **kind)
-    for setting, lr, clip in (("hard", 1e-2, None), ("usual", 3e-3, 1.0)):
-        for precision, name in itertools.product(("fp32", "bf16"), ("fixed", "naive", "ours")):
-            key = f"stress_{setting}_{precision}_{name}"
-            some, many = (5, 10) if setting == "usual" else (5, 20)
-            seeds = many if precision == "fp32" or (name, setting) == ("ours", "hard") else some
-            grid[key] = Cell(RECIPES[name], lr, clip, precision, "x0", 300, seeds)
-    for name in REMEDIES:
-        grid[f"stress_hard_fp32_{name}"] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
+    for precision, name in itertools.product(("fp32", "bf16"), ("fixed", "naive", "ours")):
+        seeds = 20 if precision == "fp32" or name == "ours" else 5
+        key = f"stress_hard_{precision}_{name}"
+        grid[key] = Cell(RECIPES[name], 1e-2, None, precision, "x0", 300, seeds)
+    for name in RECIPES:
+        if name in ("fixed", "naive", "apart", "ours"):  # apart is of clipping
+            key = f"stress_usual_fp32_{name}"
+            grid[key] = Cell(RECIPES[name], 3e-3, 1.0, "fp32", "x0", 300, 5)
+        else:
+            key = f"stress_hard_fp32_{name}"
+            grid[key] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
     for name in ("x0", "v"):
         grid[f"worth_{name}"] = Cell(
             RECIPES["ours"], 3e-3, 1.0, "fp32", name, 2000, 5, batch=8, quality=True
