@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from benchmarks.learned_variance import Divergence
+from benchmarks.learned_variance import RECIPES, Divergence, network, unconditional
 from dalle2_video.data.video import to_float
 from dalle2_video.diffusion.objective import (
     VARIANCE_LIMIT,
@@ -435,3 +435,18 @@ def test_a_jump_of_the_loss_is_seen_whenever_it_comes(at):
     found = [watch.add(loss) for loss in losses]
     assert found.index(True) == len(losses) - 1 and watch.at == len(losses)
     assert Divergence().add(math.nan)
+
+
+@pytest.mark.parametrize(("recipe", "reaches"), [
+    ("naive", True), ("detached", False), ("ours", False),
+])  # fmt: skip
+def test_recipes_of_the_benchmark_share_the_prediction_and_differ_in_the_fraction(recipe, reaches):
+    net, plain = awake(network(RECIPES[recipe])), network(RECIPES["fixed"])
+    state = {name.replace("out.out.", "out."): p for name, p in net.state_dict().items()}
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    inputs = torch.randn(2, 3, 8, 32, 32), torch.zeros(2), unconditional(2)
+    prediction, raw = split_output(net(*inputs), 3)
+    torch.testing.assert_close(prediction, plain.eval()(*inputs))
+    assert (raw - prediction).abs().max() > 0.01
+    raw.square().sum().backward()
+    assert (net.stem.weight.grad is not None and bool(net.stem.weight.grad.any())) == reaches
