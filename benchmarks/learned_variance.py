@@ -685,35 +685,39 @@ def draw(found: dict[str, list[dict]]) -> None:
 
 
 def draw_recipes(stress: dict[str, list[dict]]) -> None:
-    """Of each cell the share that diverges, the spikes, and the loss against fixed variance."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 5.5), sharey=True)
-    for row, (name, runs) in enumerate(stress.items()):
-        setting, precision, _ = name.split("_")
-        base = {run["seed"]: run for run in stress[f"{setting}_{precision}_fixed"]}
-        colour = "C0" if setting == "usual" else "C1"
+    """Of each cell how many runs diverge, the spikes, and the loss against fixed variance."""
+    figure, axes = plt.subplots(
+        1, 3, figsize=(11, 5.5), sharey=True, gridspec_kw={"width_ratios": (1, 3, 3)}
+    )
+    names = sorted(stress, key=lambda name: name.rsplit("_", 1)[0])
+    for row, name in enumerate(names):
+        runs, where = stress[name], name.rsplit("_", 1)[0]
+        base = {run["seed"]: run for run in stress[f"{where}_fixed"]}
+        colour = {"hard_fp32": "C1", "hard_bf16": "C3", "usual_fp32": "C0"}[where]
         pairs = [run for run in runs if "val_simple" in run and run["seed"] in base]
         ratio = [run["val_simple"] / base[run["seed"]]["val_simple"] for run in pairs]
-        axes[0].barh(row, np.mean([run["diverged_at"] is not None for run in runs]), color=colour)
-        axes[1].scatter(
-            [summary([run])["norm_both_999"] for run in runs], [row] * len(runs), 8, colour
-        )
+        diverged = sum(run["diverged_at"] is not None for run in runs)
+        axes[0].barh(row, diverged / len(runs), color=colour)
+        axes[0].text(0.05, row, f"{diverged} of {len(runs)}", va="center", fontsize=8)
+        norms = [summary([run])["norm_both_999"] for run in runs]
+        axes[1].scatter(norms, [row] * len(runs), 8, colour)
         axes[2].scatter(ratio, [row] * len(ratio), 8, colour)
-    axes[0].set_yticks(range(len(stress)), [name.replace("_", " ") for name in stress])
+    axes[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes[0].invert_yaxis()
-    axes[0].set(xlim=(0, 1), xlabel="share of runs that diverge")
-    axes[1].set(xscale="log", xlabel="99.9th percentile of the gradient norm")
-    axes[2].set(xscale="log", xlabel="L_simple on val / that of fixed")
+    axes[0].set(xlim=(0, 1), xlabel="runs that diverge")
+    axes[1].set(xscale="log", xlabel="99.9th percentile of the gradient norm, by run")
+    axes[2].set(xscale="log", xlabel="L_simple on val / that of fixed, by seed")
     axes[2].axvline(1, color="grey", linewidth=0.5)
     save(figure, IMAGES / "learned_variance_recipes.png")
 
 
 def draw_gradients(stress: dict[str, list[dict]]) -> None:
-    """Norms over time: median, and the 90th percentile, over seeds and 15 steps."""
+    """Norms over time: median, 10th to 90th percentile and largest, over seeds and 15 steps."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.5), sharex=True, sharey=True)
     places = itertools.product(enumerate(("usual", "hard")), enumerate(("trunk", "head")))
     for (row, setting), (column, part) in places:
         axis = axes[row, column]
-        for name in ("fixed", "naive", "ours"):
+        for colour, name in (("C1", "naive"), ("C0", "fixed"), ("C2", "ours")):
             curves = [run["curves"][f"{part}_norm"] for run in stress[f"{setting}_fp32_{name}"]]
             length = min(map(len, curves)) // 15 * 15
             values = np.array([curve[:length] for curve in curves]).reshape(len(curves), -1, 15)
@@ -722,30 +726,43 @@ def draw_gradients(stress: dict[str, list[dict]]) -> None:
             values = values.transpose(1, 0, 2).reshape(length // 15, -1)
             low, middle, high, top = np.quantile(values, (0.1, 0.5, 0.9, 1), axis=1)
             time = np.arange(length // 15) * 15 + 7
-            (line,) = axis.plot(time, middle, label=name, linewidth=1)
-            axis.fill_between(time, low, high, alpha=0.2, linewidth=0, color=line.get_color())
-            axis.plot(time, top, ":", linewidth=1, color=line.get_color())
-        axis.set(yscale="log", title=f"{setting}: gradient norm, {part}")
-        axis.legend()
+            axis.plot(time, middle, label=name, linewidth=1, color=colour)
+            axis.fill_between(time, low, high, alpha=0.2, linewidth=0, color=colour)
+            axis.plot(time, top, ":", linewidth=1, color=colour)
+        axis.set(yscale="log", title=f"{setting}: gradient norm, {part} (dotted: largest)")
+        axis.legend(loc="lower left", ncol=3)
     axes[1, 0].set_xlabel("step")
     axes[1, 1].set_xlabel("step")
     save(figure, IMAGES / "learned_variance_gradients.png")
 
 
 def draw_worth(cells: dict[str, list[dict]]) -> None:
-    """Bits per dimension, and samples by the number of steps; bars are 95 % over seeds."""
+    """Bits per dimension, and samples by the number of steps, both less those of beta~ with the
+    same seed; bars are 95 % over seeds.
+    """
     figure, axes = plt.subplots(2, max(1, len(cells)), figsize=(10, 6), squeeze=False)
+    colours = {"middle": "C1", "upper": "C2", "learned": "C3"}
     for column, (cell, runs) in enumerate(cells.items()):
         above, below = axes[:, column]
-        for i, name in enumerate(("lower", "middle", "upper", "learned")):
-            above.scatter([run[f"bits_{name}"] for run in runs], [i] * len(runs))
+        for i, (name, colour) in enumerate(colours.items()):
+            less = [run[f"bits_{name}"] - run["bits_lower"] for run in runs]
+            above.scatter(less, [i] * len(runs), color=colour)
             if all(f"frechet_{n}_{name}" in run for run in runs for n in STEPS):
-                values = np.array([[run[f"frechet_{n}_{name}"] for n in STEPS] for run in runs])
-                below.errorbar(STEPS, values.mean(0), half_width(values), label=name, capsize=3)
-        above.set_yticks(range(4), ["beta~", "middle", "beta", "learned"])
-        above.set(xlabel="bits per dimension, by seed", xscale="log")
+                values = np.array(
+                    [
+                        [run[f"frechet_{n}_{name}"] - run[f"frechet_{n}_lower"] for n in STEPS]
+                        for run in runs
+                    ]
+                )
+                places = np.array(STEPS) * (0.96 + 0.04 * i)
+                below.errorbar(
+                    places, values.mean(0), half_width(values), label=name, capsize=3, color=colour
+                )
+        above.set_yticks(range(len(colours)), ["middle", "beta", "learned"])
+        above.set_xlabel("bits per dimension less those of beta~, by seed")
         above.set_title("prediction " + cell.removeprefix("worth_"))
-        below.set(xscale="log", yscale="log", xlabel="ancestral steps", ylabel="Frechet distance")
+        below.axhline(0, color="grey", linewidth=0.5)
+        below.set(xscale="log", xlabel="ancestral steps", ylabel="Frechet distance less beta~'s")
         below.legend()
     save(figure, IMAGES / "learned_variance_worth.png")
 
