@@ -681,7 +681,8 @@ def draw(found: dict[str, list[dict]]) -> None:
         draw_gradients(stress)
     if (path := RESULTS / "learned_variance_anatomy.json").exists():
         draw_anatomy(json.loads(path.read_text()))
-    draw_worth({name: found[name] for name in ("worth_x0", "worth_v") if name in found})
+    if worth := {name: found[name] for name in ("worth_x0", "worth_v") if name in found}:
+        draw_worth(worth)
 
 
 def draw_recipes(stress: dict[str, list[dict]]) -> None:
@@ -740,7 +741,7 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
     """Bits per dimension, and samples by the number of steps, both less those of beta~ with the
     same seed; bars are 95 % over seeds.
     """
-    figure, axes = plt.subplots(2, max(1, len(cells)), figsize=(10, 6), squeeze=False)
+    figure, axes = plt.subplots(2, len(cells), figsize=(10, 6), squeeze=False)
     colours = {"middle": "C1", "upper": "C2", "learned": "C3"}
     for column, (cell, runs) in enumerate(cells.items()):
         above, below = axes[:, column]
