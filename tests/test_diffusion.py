@@ -183,6 +183,32 @@ def test_the_corrector_mends_a_variance_that_is_too_large() -> None:
     assert off[1] < 0.7 * off[0]
 
 
+def test_the_right_fraction_samples_a_gaussian_in_any_number_of_steps() -> None:
+    """The best fraction is the variance of x0 given z over sigma^2; a fixed gamma is off by far."""
+    exact, now = gaussian(0.7, 0.4), torch.zeros(1)
+
+    def denoise(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now = log_snr[0]
+        return exact(z, log_snr)
+
+    def fraction() -> torch.Tensor:
+        return 1 / (1 / 0.4**2 + now.exp()) / torch.sigmoid(-now)
+
+    for number in (2, 5, 20):
+        draw = torch.Generator().manual_seed(0)
+        z = torch.randn(400, 1000, generator=draw)
+        noises = torch.randn(number, *z.shape, generator=draw)
+        steps = sampler_steps(CosineSchedule(-12.0, 12.0), number)
+        # the noise of all but the last step, which returns x0 itself
+        x = ancestral(denoise, z, steps, lambda i: noises[i], gamma=fraction)  # noqa: B023
+        left = 1 / (1 / 0.4**2 + steps[-2].exp())  # variance of x0 that the last z leaves open
+        assert x.mean() == pytest.approx(0.7, abs=0.002)
+        assert x.var() == pytest.approx(0.4**2 - float(left), abs=0.001)
+        fixed = ancestral(exact, z, steps, lambda i: noises[i], gamma=0.5)  # noqa: B023
+        assert abs(float(fixed.var()) - 0.4**2 + float(left)) > 0.002
+
+
 def test_ddim_with_eta_1_is_the_ancestral_sampler_with_gamma_0() -> None:
     z = torch.randn(4, 300)
     noises = torch.randn(20, 4, 300)

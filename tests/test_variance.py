@@ -367,19 +367,19 @@ def test_the_network_says_prediction_and_fraction():
         dataclasses.replace(LEARNED, low_frames=2, low_size=16)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_ancestral_sampling_takes_the_learned_fraction(scale):
-    """Of the conditional half; a fraction of 0.25 everywhere is gamma 0.25."""
+@pytest.mark.parametrize(("scale", "gamma"), [(1.0, 0.0), (3.0, 1.0)])
+def test_ancestral_sampling_takes_the_learned_fraction(scale, gamma):
+    """A fraction at a bound everywhere is gamma at that bound."""
     torch.manual_seed(0)
     net = awake(Unet3D(LEARNED, 24, 12))
     nn.init.zeros_(net.variance.out.weight)
-    nn.init.constant_(net.variance.out.bias, -0.5)
+    nn.init.constant_(net.variance.out.bias, 2 * gamma - 1)
     _, _, condition = inputs()
     how = ClipSampling(sampler="ancestral", steps=4, guidance_scale=scale)
     counters = torch.arange(2)
     with torch.no_grad():
         found = sample_clips(net, LEARNED, DiffusionConfig(), condition, counters, how, 0)
-        fixed = dataclasses.replace(how, gamma=0.25)
+        fixed = dataclasses.replace(how, gamma=gamma)
         plain = Unet3D(SMALL, 24, 12).eval()
         state = {k: v for k, v in net.state_dict().items() if not k.startswith("variance")}
         plain.load_state_dict(state)

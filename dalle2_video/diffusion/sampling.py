@@ -89,8 +89,11 @@ def ancestral(
 ) -> Tensor:
     """Ancestral sampler of Ho et al. 2022 (2204.03458), eq. 4; z (B, ...) at steps[0] -> x0.
 
-    gamma interpolates the log of the variance between its lower (0) and upper (1) bound; as a
-    function, it is a learned one (variance.py).
+    gamma interpolates the log of the variance between its lower (0) and upper (1) bound. As a
+    function, it is a learned fraction, the expected squared error of x0 over sigma^2 (variance.py),
+    and interpolates the variance itself: that is the best normal distribution for a step of any
+    length (Bao et al. 2022, 2206.07309). For the short steps that it was learned for, both are the
+    same.
     corrector: step size of the Langevin step after each predictor step (their appendix; 0.1 there),
     which costs a second evaluation; it draws noise(num_steps + i).
     """
@@ -103,9 +106,11 @@ def ancestral(
         gone = _gone(now, after)
         z.mul_(torch.exp(now - after) * (alpha_s / alpha_t)).addcmul_(x0, gone * alpha_s)
         lower, upper = gone * sigma_s.square(), gone * sigma_t.square()
-        share = gamma() if callable(gamma) else gamma
-        deviation = (lower.log() * (1 - share) + upper.log() * share).mul(0.5).exp()
-        z.addcmul_(noise(i), deviation)
+        if callable(gamma):
+            variance = lower + gamma() * (upper - lower)
+        else:
+            variance = (lower.log() * (1 - gamma) + upper.log() * gamma).exp()
+        z.addcmul_(noise(i), variance.sqrt())
         if corrector > 0 and i < last:
             eps = eps_from_x0(denoise(z, after.expand(z.shape[0])), z, after.expand(z.shape[0]))
             fresh = noise(len(steps) - 1 + i)
