@@ -58,7 +58,7 @@ class Judge:
         self.cascade, self.probe = Cascade.load(run_dir, device), load_probe()
         policy = CaptionPolicy(drop=False)
         dataset = CelebVTextDataset(store_of(cfg), split, 0, policy, first_windows=True)
-        captions = captions_of(dataset, clips)
+        self.captions = captions = captions_of(dataset, clips)
         attributes = read_attributes(Path(data) / "attributes.jsonl")
         self.truth = targets_of([attributes[clip] for clip in captions.clip_ids])
         batches = eval_loader(dataset, 64)

@@ -97,6 +97,33 @@ def test_every_trainable_parameter_moves_and_no_other(tmp_path):
         assert torch.equal(parameter, before[name]) == name.startswith("tower."), name
 
 
+def test_parts_clipped_apart_do_not_shrink_the_steps_of_the_rest(tmp_path):
+    """A part with an immense gradient of its own: the rest is trained as if it had none."""
+
+    def immense(factor: float):
+        def with_part(model: nn.Module, batch, step) -> Loss:
+            part = model.part(batch.x).square().mean()
+            return Loss(objective(model, batch, step).loss + factor * part)
+
+        return with_part
+
+    def trained(name: str, apart: tuple[str, ...], factor: float):
+        stage = tiny_stage(objective=immense(factor), val_set=None)
+        stage.model.part, stage.model.apart = nn.Linear(8, 8), apart
+        before = stage.model.part.weight.detach().clone()
+        train(stage, tiny_config(grad_clip=1e-3), RunConfig(str(tmp_path / name)))
+        assert not torch.equal(stage.model.part.weight, before)  # it learns
+        (line, *_) = read_metrics(tmp_path / name / "metrics.jsonl")
+        return {n: t for n, t in weights(tmp_path / name).items() if "part." not in n}, line
+
+    quiet, first = trained("quiet", ("part",), 1e-3)
+    loud, second = trained("loud", ("part",), 1e6)
+    together, _ = trained("together", (), 1e6)
+    assert_same_bits(quiet, loud)
+    assert first["grad_norm"] == second["grad_norm"]  # the rest's
+    assert any(not torch.equal(quiet[name], together[name]) for name in quiet)
+
+
 def test_parameter_that_cannot_be_split_is_refused():
     model = nn.Module()
     model.temperature = nn.Parameter(torch.tensor(1.0))

@@ -389,10 +389,12 @@ class Unet3D(nn.Module):
     Starts by predicting zero. Cost: attention is quadratic in H W within a frame and in F across
     frames, never in F H W. Runs at any number of frames. activation_checkpointing: blocks keep only
     their inputs and run again in the backward pass. ends: layers that an optimizer of matrices
-    leaves alone (training/optimizer.py).
+    leaves alone (training/optimizer.py); apart: parts whose gradients are clipped on their own
+    (training/loop.py).
     """
 
     ends = ("stem", "out", "variance.out", "condition.pool_score")
+    apart = ("variance",)
 
     def __init__(self, config: UnetConfig, embedding_dim: int, text_dim: int) -> None:
         super().__init__()

@@ -121,6 +121,7 @@ class _Trainer:
             autocast_forward(stage.model, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.shards = shards_of(accelerator, self.model)
+        self.clipped = clip_groups(accelerator.unwrap_model(self.model, keep_torch_compile=False))
         halflife = cfg.ema_halflife_clips
         self.ema = Ema(self.shards, halflife, cfg.ema_rampup) if halflife else None
         self.checkpoints = Checkpoints(
@@ -338,17 +339,20 @@ class _Trainer:
 
     def _apply(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip and step, unless the gradient or the ranks' loss is not finite -> the global norm
-        and 1.0 or 0.0, whether it stepped.
+        (of what is not clipped apart) and 1.0 or 0.0, whether it stepped.
         """
         accelerator = self.accelerator
         limit = self.cfg.grad_clip or math.inf
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        if self.deepspeed:  # its engine stepped, or skipped, inside backward
+        if self.deepspeed:  # its engine clipped all together and stepped, or skipped, in backward
+            norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
             norm = math.nan if norm is None else norm
             applied = float(not self.optimizer.step_was_skipped)
             return self._on_device(norm), self._on_device(applied)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
-        applied = (norm + loss).isfinite().float()
+        accelerator.unscale_gradients()
+        norms = [nn.utils.clip_grad_norm_(part, limit) for part in self.clipped]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        norm = norms[0]
+        applied = (sum(norms) + loss).isfinite().float()
         if accelerator.scaler is None:
             self.optimizer.optimizer.found_inf = 1.0 - applied  # skipped by the fused kernel
             self.optimizer.step()
@@ -393,6 +397,17 @@ def stacked_layers(model: nn.Module) -> list[str]:
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
     layers = [layer for part in lists for layer in part if not isinstance(layer, nn.ModuleList)]
     return sorted({type(layer).__name__ for layer in layers})
+
+
+def clip_groups(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters whose gradients are clipped together: those of the parts that the model lists
+    in `apart`, which must not shrink the steps of the others, come second.
+    """
+    apart = tuple(f"{name}." for name in getattr(model, "apart", ()))
+    named = list(model.named_parameters())
+    rest = [p for name, p in named if not name.startswith(apart)]
+    own = [p for name, p in named if name.startswith(apart)]
+    return [rest, own] if own else [rest]
 
 
 def _same_start(model: nn.Module, accelerator: Accelerator) -> None:

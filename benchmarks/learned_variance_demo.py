@@ -1,0 +1,146 @@
+"""What a learned variance is worth on networks that make good pictures: the demo's base U-Net.
+
+    python -m benchmarks.learned_variance_demo train     # CLIP, prior and five base U-Nets: 50 min
+    python -m benchmarks.learned_variance_demo sample    # --part 1/2: one of two processes
+    python -m benchmarks.learned_variance_demo draw
+
+The networks of seed 1 and up share CLIP and prior of seed 0. Samples are of the captions of val, in
+embeddings of the prior, without guidance (the fraction is the plain model's), by ancestral
+sampling with each variance from the same noise; the Frechet distance is between the probe's
+features of them and of all real clips of val, the accuracy is the probe's. Bits per dimension are
+of clips of val given their own embeddings. Whatever is in runs/learned_variance_demo is not made
+again; results go into benchmarks/results/learned_variance_demo.json.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.learned_variance import GAMMAS
+from benchmarks.learned_variance_figures import IMAGES, half_width, plt, save
+from benchmarks.sampling import Judge
+from dalle2_video.data.atomic import write_json
+from dalle2_video.evaluation.likelihood import evaluate_bits
+from dalle2_video.evaluation.provenance import provenance
+
+ROOT = Path(__file__).parents[1]
+FOLDER, RESULTS = ROOT / "runs" / "learned_variance_demo", ROOT / "benchmarks" / "results"
+SEEDS, STEPS, CLIPS = 5, (10, 25, 50), 256
+VARIANCES: dict[str, float | None] = {**GAMMAS, "learned": None}
+LABELS = {"lower": "beta~", "tenth": "0.1", "middle": "0.5", "upper": "beta", "learned": "learned"}
+
+
+def train(minutes: float, data: str, overrides: list[str]) -> None:
+    """Whatever is not there yet."""
+    before = [("clip", "train_clip.py", 0.24), ("prior", "train_prior.py", 0.14)]
+    for seed in range(SEEDS):
+        folder = FOLDER / str(seed)
+        for name, script, share in [*before, ("base", "train_decoder.py", 1.0)]:
+            if (folder / name / "model.safetensors").exists():
+                continue
+            if seed and name != "base":
+                shutil.copytree(FOLDER / "0" / name, folder / name)
+                continue
+            part = "unets.base" if name == "base" else name
+            command = [script, f"run_dir={folder}", f"data.root={data}", f"seed={seed}"]
+            command += [
+                f"{part}.train.minutes={share * minutes}",
+                "unets.base.model.learned_variance=true",
+            ]
+            subprocess.run([sys.executable, *command, *overrides], check=True, cwd=ROOT)
+
+
+def sample(data: str, part: int, parts: int) -> None:
+    """Figures of every network, in a file each."""
+    for seed in range(SEEDS)[part::parts]:
+        path = FOLDER / f"{seed}.json"
+        facts = json.loads(path.read_text()) if path.exists() else {}
+        judge = Judge(str(FOLDER / str(seed)), data, "val", CLIPS)
+        for steps in STEPS:
+            for name, gamma in VARIANCES.items():
+                if f"frechet_{steps}_{name}" in facts:
+                    continue
+                how = replace(
+                    judge.base,
+                    sampler="ancestral",
+                    steps=steps,
+                    gamma=gamma,
+                    guidance_scale=1.0,
+                    seed=seed,
+                )
+                point = judge.point(how)
+                for figure in ("frechet", "accuracy"):
+                    facts[f"{figure}_{steps}_{name}"] = point[figure]
+                print(seed, steps, name, point["frechet"], point["accuracy"], flush=True)
+                write_json(path, facts | provenance())
+        if "bits_per_dimension_learned" not in facts:
+            facts |= evaluate_bits(judge.cascade, judge.captions, 20, judge.base)
+            write_json(path, facts | provenance())
+
+
+def draw() -> None:
+    """Means over the seeds, and how much less the learned one has than each fixed one."""
+    runs = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("[0-9].json"))]
+    figures: dict[str, float] = {"seeds": len(runs)}
+    kinds = [f"{f}_{n}" for f in ("frechet", "accuracy") for n in STEPS] + ["bits_per_dimension"]
+    for kind in kinds:
+        of = {
+            name: np.array([run[f"{kind}_{name}"] for run in runs])
+            for name in VARIANCES
+            if f"{kind}_{name}" in runs[0]
+        }
+        for name, values in of.items():
+            figures[f"{kind}_{name}"] = values.mean()
+            figures[f"{kind}_{name}_half_width"] = float(half_width(values))
+            if name != "learned":
+                less = values - of["learned"]
+                figures[f"{kind}_learned_less_than_{name}"] = less.mean()
+                figures[f"{kind}_learned_less_than_{name}_half_width"] = float(half_width(less))
+    figures = {name: round(float(value), 5) for name, value in figures.items()}
+    commits = sorted({run["commit"] for run in runs})
+    write_json(
+        RESULTS / "learned_variance_demo.json", figures | provenance() | {"commits": commits}
+    )
+    print(json.dumps(figures, indent=1))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, kind in zip(axes, ("frechet", "accuracy"), strict=True):
+        for i, (name, label) in enumerate(LABELS.items()):
+            values = np.array([[run[f"{kind}_{n}_{name}"] for n in STEPS] for run in runs])
+            places = np.array(STEPS) * (0.96 + 0.02 * i)
+            axis.errorbar(places, values.mean(0), half_width(values), label=label, capsize=3)
+        axis.set(xscale="log", xlabel="ancestral steps")
+        axis.set_xticks(STEPS, [str(n) for n in STEPS])
+        axis.minorticks_off()
+    axes[0].set(ylabel="Frechet distance, probe features")
+    axes[1].set(ylabel="attribute accuracy")
+    axes[0].legend()
+    save(figure, IMAGES / "learned_variance_demo.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("train", "sample", "draw"))
+    parser.add_argument("--minutes", type=float, default=9.0, help="of each base U-Net (9)")
+    parser.add_argument("--data", default="data/faces")
+    parser.add_argument("--part", default="1/1", help="of the networks, for several processes")
+    parser.add_argument("overrides", nargs="*", help="of train: key=value, as in configs/")
+    given = parser.parse_args()
+    if given.what == "train":
+        train(given.minutes, given.data, given.overrides)
+    elif given.what == "sample":
+        part, parts = map(int, given.part.split("/"))
+        sample(given.data, part - 1, parts)
+    else:
+        draw()
+
+
+if __name__ == "__main__":
+    main()
