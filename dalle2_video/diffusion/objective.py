@@ -29,7 +29,13 @@ from dalle2_video.diffusion.schedule import (
     ZeroTerminalSchedule,
     alpha_sigma,
 )
-from dalle2_video.diffusion.variance import bound_term, fraction_of, off_by, reverse_step
+from dalle2_video.diffusion.variance import (
+    MAX_FRACTION,
+    bound_term,
+    fraction_of,
+    off_by,
+    reverse_step,
+)
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
@@ -114,8 +120,8 @@ def variance_loss(
     Deviation: its gradient at `raw` is how much the fraction is off by (`off_by`), which divides
     that of the term by the squared gap of the bounds. Without that, all that is learned are the
     last steps, whose gradient is thousands of times the others' (docs/learned_variance.md). Nothing
-    is pushed further out where the fraction has reached a bound, and a clip's gradient is limited
-    in the mean of its absolute values: far outside the bounds, by how much says nothing more.
+    is pushed further out where the fraction has reached a limit, and a clip's gradient is limited
+    in the mean of its absolute values: far outside, by how much says nothing more.
     """
     estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
     estimate, raw = estimate.clamp(-1, 1), raw.float()
@@ -125,7 +131,8 @@ def variance_loss(
     if not torch.is_grad_enabled():
         return bits
     off = off_by(step, estimate, fraction, x0) / raw[0].numel()
-    off = off.masked_fill((raw.abs() >= 1) & (raw * off < 0), 0.0)
+    out = ((fraction <= 0) & (off > 0)) | ((fraction >= MAX_FRACTION) & (off < 0))
+    off = off.masked_fill(out, 0.0)
     size = off.abs().flatten(1).sum(1)
     off = off * expand((VARIANCE_LIMIT / size).clamp(max=1), raw)
     inner = (off * raw).flatten(1).sum(1)

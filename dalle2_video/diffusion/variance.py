@@ -1,9 +1,9 @@
 """A learned variance of the reverse steps, and the variational bound that trains and judges it.
 
-Nichol & Dhariwal 2021 (2102.09672), section 3.1: the log-variance of a step lies between those of
-its bounds, beta~ and beta, at a fraction that the network says for each value of the clip. It is
-the `gamma` of the ancestral sampler, learned. In continuous time a process of T steps goes from t
-to t - 1 / T; sampling in other steps has other bounds, between which the fraction stays.
+Nichol & Dhariwal 2021 (2102.09672), section 3.1: the log-variance of a step is interpolated between
+those of its bounds, beta~ and beta, by a fraction that the network says for each value of the clip.
+It is the `gamma` of the ancestral sampler, learned. In continuous time a process of T steps goes
+from t to t - 1 / T; sampling in other steps has other bounds, for which the fraction is the same.
 
 The bound, in bits per dimension, is a sum of T terms and the prior's: of each step the KL
 divergence between the posterior given the clip and what the network says, of the last one the
@@ -25,6 +25,7 @@ from dalle2_video.diffusion.schedule import Schedule, alpha_sigma
 
 BIN = 2 / 255  # between neighbouring 8-bit values
 BITS = 1 / math.log(2)
+MAX_FRACTION = 8.0  # at the clean end a network that predicts x0 errs by more than all the noise
 
 
 class ReverseStep(NamedTuple):
@@ -47,7 +48,7 @@ class ReverseStep(NamedTuple):
         return torch.where(self.last, self.log_upper - self.log_lower, gap)
 
     def log_variance(self, fraction: Tensor | float, like: Tensor) -> Tensor:
-        """Between the bounds, (B, ...): 0 is the lower one, 1 the upper."""
+        """(B, ...): 0 is the lower bound, 1 the upper."""
         return expand(self.log_lower, like) + fraction * expand(self.gap, like)
 
 
@@ -75,11 +76,12 @@ def reverse_step(schedule: Schedule, t: Tensor, steps: int) -> ReverseStep:
 
 
 def fraction_of(raw: Tensor) -> Tensor:
-    """A network's raw output -> the fraction, in [0, 1]; 0 is the geometric middle of the bounds.
+    """A network's raw output -> the fraction; 0 is 0.5, the geometric middle of the bounds.
 
-    Deviation: Nichol & Dhariwal's (raw + 1) / 2 is unbounded (docs/learned_variance.md).
+    Deviation: Nichol & Dhariwal's (raw + 1) / 2 is unbounded, here it ends at 0 (the lower bound is
+    the least that there is) and at MAX_FRACTION (docs/learned_variance.md).
     """
-    return ((raw + 1) / 2).clamp(0, 1)
+    return ((raw + 1) / 2).clamp(0, MAX_FRACTION)
 
 
 def split_output(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
