@@ -4,7 +4,7 @@
     python -m benchmarks.learned_variance_demo sample    # --part 1/2: one of two processes
     python -m benchmarks.learned_variance_demo draw
 
-The networks of seed 1 and up share CLIP and prior of seed 0. Samples are of the captions of val, in
+The networks share CLIP and prior. Samples are of the captions of val, in
 embeddings of the prior, without guidance (the fraction is the plain model's), by ancestral
 sampling with each variance from the same noise; the Frechet distance is between the probe's
 features of them and of all real clips of val, the accuracy is the probe's. Bits per dimension are
@@ -17,6 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,21 +32,22 @@ from dalle2_video.evaluation.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 FOLDER, RESULTS = ROOT / "runs" / "learned_variance_demo", ROOT / "benchmarks" / "results"
-SEEDS, STEPS, CLIPS = 5, (10, 25, 50), 256
+SEEDS, STEPS, CLIPS = range(1, 6), (25, 10, 50), 256
 VARIANCES: dict[str, float | None] = {**GAMMAS, "learned": None}
 LABELS = {"lower": "beta~", "tenth": "0.1", "middle": "0.5", "upper": "beta", "learned": "learned"}
 
 
-def train(minutes: float, data: str, overrides: list[str]) -> None:
+def train(seeds: Sequence[int], minutes: float, data: str, overrides: list[str]) -> None:
     """Whatever is not there yet."""
     before = [("clip", "train_clip.py", 0.24), ("prior", "train_prior.py", 0.14)]
-    for seed in range(SEEDS):
+    first = FOLDER / str(SEEDS[0])
+    for seed in seeds:
         folder = FOLDER / str(seed)
         for name, script, share in [*before, ("base", "train_decoder.py", 1.0)]:
             if (folder / name / "model.safetensors").exists():
                 continue
-            if seed and name != "base":
-                shutil.copytree(FOLDER / "0" / name, folder / name)
+            if folder != first and name != "base":
+                shutil.copytree(first / name, folder / name)
                 continue
             part = "unets.base" if name == "base" else name
             command = [script, f"run_dir={folder}", f"data.root={data}", f"seed={seed}"]
@@ -56,9 +58,9 @@ def train(minutes: float, data: str, overrides: list[str]) -> None:
             subprocess.run([sys.executable, *command, *overrides], check=True, cwd=ROOT)
 
 
-def sample(data: str, part: int, parts: int) -> None:
+def sample(seeds: Sequence[int], data: str) -> None:
     """Figures of every network, in a file each."""
-    for seed in range(SEEDS)[part::parts]:
+    for seed in seeds:
         path = FOLDER / f"{seed}.json"
         facts = json.loads(path.read_text()) if path.exists() else {}
         judge = Judge(str(FOLDER / str(seed)), data, "val", CLIPS)
@@ -111,8 +113,9 @@ def draw() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, kind in zip(axes, ("frechet", "accuracy"), strict=True):
         for i, (name, label) in enumerate(LABELS.items()):
-            values = np.array([[run[f"{kind}_{n}_{name}"] for n in STEPS] for run in runs])
-            places = np.array(STEPS) * (0.96 + 0.02 * i)
+            order = sorted(STEPS)
+            values = np.array([[run[f"{kind}_{n}_{name}"] for n in order] for run in runs])
+            places = np.array(order) * (0.96 + 0.02 * i)
             axis.errorbar(places, values.mean(0), half_width(values), label=label, capsize=3)
         axis.set(xscale="log", xlabel="ancestral steps")
         axis.set_xticks(STEPS, [str(n) for n in STEPS])
@@ -133,11 +136,12 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="of the networks, for several processes")
     parser.add_argument("overrides", nargs="*", help="of train: key=value, as in configs/")
     given = parser.parse_args()
+    part, parts = map(int, given.part.split("/"))
+    seeds = SEEDS[part - 1 :: parts]
     if given.what == "train":
-        train(given.minutes, given.data, given.overrides)
+        train(seeds, given.minutes, given.data, given.overrides)
     elif given.what == "sample":
-        part, parts = map(int, given.part.split("/"))
-        sample(given.data, part - 1, parts)
+        sample(seeds, given.data)
     else:
         draw()
 
