@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/faces")
     parser.add_argument("--part", default="1/1", help="of the networks, for several processes")
     parser.add_argument("overrides", nargs="*", help="of train: key=value, as in configs/")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     part, parts = map(int, given.part.split("/"))
     seeds = SEEDS[part - 1 :: parts]
     if given.what == "train":
