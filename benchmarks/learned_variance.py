@@ -18,9 +18,8 @@ the clip in the term is clipped to [-1, 1], as in sampling; `weight`, a tenth of
 the term rises over the first half; `importance`, half of the times drawn by the root of the term's
 mean square. Two are mistakes: `weak`, the paper's 0.001 on a single term, though it is of the sum
 of all; `attached`, the term's gradient reaches the prediction. Together: `bounded` is sigmoid and
-clipped; `even`, clipped, each step's gradient divided by its squared gap and limited;
-`ours`, that of `learned_variance=true`, is even, from layers of its own that end the gradient and
-are clipped on their own.
+clipped. `ours`, that of `learned_variance=true`, learns the fraction of each frequency from the
+noise level alone, by a gradient of the same size at every step, and is clipped on its own.
 Times are those of T = 1000 steps, in x4000 of 4000. Unlike the training loop, which skips it, a
 step with a gradient that is not finite is made, so that what breaks is seen; the first is noted.
 """
@@ -57,8 +56,10 @@ from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.sampling import ancestral
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.diffusion.variance import (
+    ReverseStep,
     bound_term,
     fraction_of,
+    learned_term,
     on_grid,
     reverse_step,
     split_output,
@@ -92,15 +93,21 @@ class Recipe:
     detached: bool = False
     apart: bool = False
     clipped: bool = False
-    even: bool = False
-    own: bool = False
+    spectrum: bool = False
     weight: float = 1.0
     warmup: bool = False
     importance: bool = False
 
+    def bits(
+        self, step: ReverseStep, estimate: torch.Tensor, raw: torch.Tensor, x0: torch.Tensor
+    ) -> torch.Tensor:
+        """Of one step (B,), with what it makes of a network's output."""
+        term = learned_term if self.spectrum else bound_term
+        return term(step, estimate, self.fraction(raw), x0)
+
     def fraction(self, raw: torch.Tensor) -> torch.Tensor:
         """What it makes of a network's output."""
-        if self.even:
+        if self.spectrum:
             return fraction_of(raw)
         return torch.sigmoid(2 * raw) if self.sigmoid else (raw + 1) / 2
 
@@ -130,13 +137,12 @@ RECIPES = {
     "apart": replace(NAIVE, apart=True),
     "clipped": replace(NAIVE, clipped=True),
     "bounded": replace(NAIVE, sigmoid=True, clipped=True),
-    "even": replace(NAIVE, clipped=True, even=True),
     "weight": replace(NAIVE, weight=0.1),
     "weak": replace(NAIVE, weight=0.001),
     "attached": replace(NAIVE, attached=True),
     "warmup": replace(NAIVE, warmup=True),
     "importance": replace(NAIVE, importance=True),
-    "ours": replace(NAIVE, clipped=True, even=True, detached=True, own=True, apart=True),
+    "ours": replace(NAIVE, clipped=True, detached=True, spectrum=True, apart=True),
 }
 DIFFUSIONS = {
     "x0": DiffusionConfig(prediction="x0", max_weight=5.0, shift=-2.0),  # the demo's
@@ -346,8 +352,8 @@ class Shared(nn.Module):
 
 def network(recipe: Recipe) -> Unet3D:
     """Before training; without conditions."""
-    net = Unet3D(replace(MODEL, learned_variance=recipe.own), 8, 8)
-    if recipe.learned and not recipe.own:
+    net = Unet3D(replace(MODEL, learned_variance=recipe.spectrum), 8, 8)
+    if recipe.learned and not recipe.spectrum:
         net.out = Shared(net.out, recipe.detached)
         net.ends = (*net.ends, "out.out", "out.raw")
     return net
@@ -363,15 +369,13 @@ def term_of(
     x0: torch.Tensor,
 ) -> torch.Tensor:
     """The variance's term (B,), as `variance_loss` but for what the recipe leaves out."""
-    if recipe.even:
-        assert recipe.clipped
+    if recipe.spectrum:
         return variance_loss(diffusion, prediction, raw, noised, t, x0)
     prediction = prediction if recipe.attached else prediction.detach()
     estimate = to_x0(diffusion.prediction, prediction, noised.z, noised.log_snr)
     estimate = estimate.clamp(-1, 1) if recipe.clipped else estimate
     step = reverse_step(diffusion.schedule, t, diffusion.variance_steps)
-    bits = bound_term(step, estimate, recipe.fraction(raw), x0)
-    return bits * (diffusion.variance_steps / 1000)
+    return recipe.bits(step, estimate, raw, x0) * (diffusion.variance_steps / 1000)
 
 
 @torch.no_grad()
@@ -400,7 +404,7 @@ def judge(
             prediction, _ = split_output(says(noised.z, noised.log_snr), 3)
             simple.append(per_sample_loss(diffusion, prediction, noised))
         for name, values in bits_of(
-            says, diffusion, clean, rows, 0, draws, cell.recipe.fraction
+            says, diffusion, clean, rows, 0, draws, cell.recipe.bits
         ).items():
             bits.setdefault(name, []).append(values)
     facts: dict = {"val_simple": float(torch.cat(simple).mean())}
@@ -498,7 +502,8 @@ def run_samples(names: str, data_root: Path, device: str, part: int, parts: int)
         for seed in range(cell.seeds if cell.quality and name.startswith(names) else 0)
     ][part::parts]
     runs = [one for one in runs if same_cell(*one[:2])]
-    for steps, (path, cell, seed) in tqdm(list(itertools.product(STEPS, runs)), dynamic_ncols=True):
+    order = sorted(STEPS, key=lambda steps: steps != 25)
+    for steps, (path, cell, seed) in tqdm(list(itertools.product(order, runs)), dynamic_ncols=True):
         facts = json.loads(path.read_text())
         if f"frechet_{steps}_learned" in facts:
             continue

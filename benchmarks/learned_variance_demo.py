@@ -1,15 +1,18 @@
 """What a learned variance is worth on networks that make good pictures: the demo's base U-Net.
 
     python -m benchmarks.learned_variance_demo train     # CLIP, prior and five base U-Nets: 50 min
+    python -m benchmarks.learned_variance_demo fit       # their variances: 10 min
     python -m benchmarks.learned_variance_demo sample    # --part 1/2: one of two processes
     python -m benchmarks.learned_variance_demo draw
 
-The networks share CLIP and prior. Samples are of the captions of val, in
-embeddings of the prior, without guidance (the fraction is the plain model's), by ancestral
-sampling with each variance from the same noise; the Frechet distance is between the probe's
-features of them and of all real clips of val, the accuracy is the probe's. Bits per dimension are
-of clips of val given their own embeddings. Whatever is in runs/learned_variance_demo is not made
-again; results go into benchmarks/results/learned_variance_demo.json.
+`fit` trains the layers of the variance alone, on the finished network, which does not feel them
+when they are trained beside it either. The networks share CLIP and prior. Samples are of the
+captions of val, in embeddings of the prior, without guidance (the fraction is the plain model's),
+by ancestral sampling with each variance from the same noise; the Frechet distance is between the
+probe's features of them and of all real clips of val, the accuracy is the probe's. Bits per
+dimension are of clips of val given their own embeddings. Whatever is in
+runs/learned_variance_demo is not made again; results go into
+benchmarks/results/learned_variance_demo.json.
 """
 
 import argparse
@@ -22,13 +25,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from hydra import compose, initialize_config_dir
 
 from benchmarks.learned_variance import GAMMAS
 from benchmarks.learned_variance_figures import IMAGES, half_width, plt, save
 from benchmarks.sampling import Judge
+from dalle2_video.checkpoint import load_model
 from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.training.conditions import load_conditions
+from dalle2_video.training.decoder import UnetSection, decoder_stage
+from dalle2_video.training.loop import train as fit_loop
+from dalle2_video.training.setup import run_config, sample_config, store_of
+from dalle2_video.training.stage import from_config
 
 ROOT = Path(__file__).parents[1]
 FOLDER, RESULTS = ROOT / "runs" / "learned_variance_demo", ROOT / "benchmarks" / "results"
@@ -40,9 +50,9 @@ LABELS = {"lower": "beta~", "tenth": "0.1", "middle": "0.5", "upper": "beta", "l
 def train(seeds: Sequence[int], minutes: float, data: str, overrides: list[str]) -> None:
     """Whatever is not there yet."""
     before = [("clip", "train_clip.py", 0.24), ("prior", "train_prior.py", 0.14)]
-    first = FOLDER / str(SEEDS[0])
+    first = FOLDER / f"plain_{SEEDS[0]}"
     for seed in seeds:
-        folder = FOLDER / str(seed)
+        folder = FOLDER / f"plain_{seed}"
         for name, script, share in [*before, ("base", "train_decoder.py", 1.0)]:
             if (folder / name / "model.safetensors").exists():
                 continue
@@ -51,11 +61,30 @@ def train(seeds: Sequence[int], minutes: float, data: str, overrides: list[str])
                 continue
             part = "unets.base" if name == "base" else name
             command = [script, f"run_dir={folder}", f"data.root={data}", f"seed={seed}"]
-            command += [
-                f"{part}.train.minutes={share * minutes}",
-                "unets.base.model.learned_variance=true",
-            ]
+            command.append(f"{part}.train.minutes={share * minutes}")
             subprocess.run([sys.executable, *command, *overrides], check=True, cwd=ROOT)
+
+
+def fit(seeds: Sequence[int], clips: int, data: str, overrides: list[str]) -> None:
+    """The variance of every network, by the training loop, with all else frozen."""
+    for seed in seeds:
+        plain, folder = FOLDER / f"plain_{seed}", FOLDER / str(seed)
+        for name in ("clip", "prior"):
+            if not (folder / name).exists():
+                shutil.copytree(plain / name, folder / name)
+        settings = [f"run_dir={folder}", f"data.root={data}", f"seed={seed}"]
+        settings += [f"unets.base.train.clips={clips}", "unets.base.model.learned_variance=true"]
+        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+            cfg = compose("config", [*settings, *overrides])
+        section = from_config(UnetSection, cfg.unets.base, "unets.base")
+        conditions = load_conditions(cfg.run_dir, store_of(cfg), seed, section.captions, True)
+        stage = decoder_stage("base", section, conditions, sample_config(cfg), seed)
+        state = load_model(plain / "base" / "model.safetensors", "base").state
+        state = {name: x for name, x in state.items() if not name.startswith("variance.")}
+        stage.model.load_state_dict(stage.model.state_dict() | state)
+        for name, parameter in stage.model.named_parameters():
+            parameter.requires_grad_(name.startswith("variance."))
+        fit_loop(stage, section.train, run_config(cfg, "base"))
 
 
 def sample(seeds: Sequence[int], data: str) -> None:
@@ -130,16 +159,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("train", "sample", "draw"))
+    parser.add_argument("what", choices=("train", "fit", "sample", "draw"))
     parser.add_argument("--minutes", type=float, default=9.0, help="of each base U-Net (9)")
+    parser.add_argument("--clips", type=int, default=6400, help="that fit takes (6,400)")
     parser.add_argument("--data", default="data/faces")
     parser.add_argument("--part", default="1/1", help="of the networks, for several processes")
-    parser.add_argument("overrides", nargs="*", help="of train: key=value, as in configs/")
+    parser.add_argument("overrides", nargs="*", help="of train and fit: key=value, as in configs/")
     given = parser.parse_intermixed_args()
     part, parts = map(int, given.part.split("/"))
     seeds = SEEDS[part - 1 :: parts]
     if given.what == "train":
         train(seeds, given.minutes, given.data, given.overrides)
+    elif given.what == "fit":
+        fit(seeds, given.clips, given.data, given.overrides)
     elif given.what == "sample":
         sample(seeds, given.data)
     else:

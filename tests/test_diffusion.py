@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dalle2_video.diffusion.frequencies import from_frequencies, to_frequencies
 from dalle2_video.diffusion.guidance import (
     denoiser,
     dynamic_threshold,
@@ -183,30 +184,31 @@ def test_the_corrector_mends_a_variance_that_is_too_large() -> None:
     assert off[1] < 0.7 * off[0]
 
 
-def test_the_right_fraction_samples_a_gaussian_in_any_number_of_steps() -> None:
-    """The best fraction is the variance of x0 given z over sigma^2; a fixed gamma is off by far."""
-    exact, now = gaussian(0.7, 0.4), torch.zeros(1)
+@pytest.mark.parametrize("number", [1, 2, 5, 20])
+def test_the_right_fractions_sample_correlated_values_in_any_number_of_steps(number: int) -> None:
+    """Values whose frequencies differ in variance: the best fraction is the variance of x0 given z
+    over sigma^2. A fixed variance is off where the steps are few.
+    """
+    deviation = torch.tensor([3.0, 1.0, 0.4, 0.1])
+    now = torch.zeros(())
 
     def denoise(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
         nonlocal now
         now = log_snr[0]
-        return exact(z, log_snr)
+        alpha, _ = alpha_sigma(now)
+        share = alpha / (alpha.square() + torch.sigmoid(-now) / deviation.square())
+        return from_frequencies(share * to_frequencies(z))
 
     def fraction() -> torch.Tensor:
-        return 1 / (1 / 0.4**2 + now.exp()) / torch.sigmoid(-now)
+        return 1 / (1 / deviation.square() + now.exp()) / torch.sigmoid(-now)
 
-    for number in (2, 5, 20):
-        draw = torch.Generator().manual_seed(0)
-        z = torch.randn(400, 1000, generator=draw)
-        noises = torch.randn(number, *z.shape, generator=draw)
-        steps = sampler_steps(CosineSchedule(-12.0, 12.0), number)
-        # the noise of all but the last step, which returns x0 itself
-        x = ancestral(denoise, z, steps, lambda i: noises[i], gamma=fraction)  # noqa: B023
-        left = 1 / (1 / 0.4**2 + steps[-2].exp())  # variance of x0 that the last z leaves open
-        assert x.mean() == pytest.approx(0.7, abs=0.002)
-        assert x.var() == pytest.approx(0.4**2 - float(left), abs=0.001)
-        fixed = ancestral(exact, z, steps, lambda i: noises[i], gamma=0.5)  # noqa: B023
-        assert abs(float(fixed.var()) - 0.4**2 + float(left)) > 0.002
+    draw = torch.Generator().manual_seed(0)
+    z, *noises = torch.randn(number + 1, 200_000, 4, generator=draw)
+    steps = sampler_steps(CosineSchedule(-12.0, 12.0), number)
+    found = to_frequencies(ancestral(denoise, z, steps, lambda i: noises[i], fraction))
+    torch.testing.assert_close(found.std(0), deviation, rtol=0.01, atol=0)
+    fixed = to_frequencies(ancestral(denoise, z, steps, lambda i: noises[i], 0.5))
+    assert (fixed.std(0) / deviation - 1).abs().max() > 0.05
 
 
 def test_ddim_with_eta_1_is_the_ancestral_sampler_with_gamma_0() -> None:

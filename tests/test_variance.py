@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from benchmarks.learned_variance import RECIPES, Divergence, network, unconditional
 from dalle2_video.data.video import to_float
+from dalle2_video.diffusion.frequencies import from_frequencies, to_frequencies
 from dalle2_video.diffusion.objective import (
     VARIANCE_LIMIT,
     VARIANCE_WEIGHT,
@@ -26,9 +27,10 @@ from dalle2_video.diffusion.schedule import (
 )
 from dalle2_video.diffusion.variance import (
     BIN,
-    MAX_FRACTION,
+    RAW_LIMIT,
     bound_term,
     fraction_of,
+    learned_term,
     log_cdf,
     log_likelihood,
     on_grid,
@@ -98,9 +100,10 @@ def test_the_bounds_hold_at_both_ends_and_in_order(schedule):
     raw = torch.linspace(-60, 60, STEPS)[:, None].requires_grad_()
     x0 = torch.rand(STEPS, 1) * 2 - 1
     for estimate in (x0, x0.flip(0), torch.full_like(x0, -1.0)):
-        term = bound_term(step, estimate, fraction_of(raw), x0)
-        (gradient,) = torch.autograd.grad(term.sum(), raw)
-        assert term.isfinite().all() and gradient.isfinite().all()
+        naive = bound_term(step, estimate, torch.sigmoid(raw), x0)
+        for term in (naive, learned_term(step, estimate, fraction_of(raw), x0)):
+            (gradient,) = torch.autograd.grad(term.sum(), raw)
+            assert term.isfinite().all() and gradient.isfinite().all()
 
 
 def test_times_are_those_of_the_steps():
@@ -123,15 +126,22 @@ def test_the_gradient_of_log_cdf_is_right_far_out():
 
 
 def test_at_the_start_it_is_the_geometric_middle():
+    """Of the naive recipe; of ours to first order in the gap of the bounds."""
     step = reverse_step(CosineSchedule(), torch.tensor([0.5, 0.1]), STEPS)
-    x = torch.zeros(2, 3)
-    middle = step.log_variance(fraction_of(torch.zeros(2, 3)), x)
-    wanted = (step.log_lower + step.log_upper) / 2
-    torch.testing.assert_close(middle, wanted[:, None].expand(2, 3))
-    raw = torch.tensor([-50.0, 50.0])
-    assert fraction_of(raw).tolist() == [0, MAX_FRACTION]  # whatever the network says
-    slope = torch.autograd.functional.jacobian(fraction_of, torch.zeros(()))
-    assert float(slope) == pytest.approx(0.5)  # that of (raw + 1) / 2
+    raw = torch.zeros(2, 3)
+    middle = step.log_variance(RECIPES["naive"].fraction(raw), raw)
+    wanted = ((step.log_lower + step.log_upper) / 2)[:, None].expand(2, 3)
+    torch.testing.assert_close(middle, wanted)
+    more = fraction_of(raw) * torch.expm1(step.gap)[:, None]
+    ours = step.log_lower[:, None] + torch.log1p(more)
+    torch.testing.assert_close(ours, wanted, atol=float(step.gap.max()) ** 2, rtol=0)
+
+
+def test_fractions_have_a_range_whatever_the_network_says():
+    """Positive, so that no variance is below beta~, and finite."""
+    low, high = fraction_of(torch.tensor([-1e9, 1e9])).tolist()
+    assert low == pytest.approx(0.5 * math.exp(-RAW_LIMIT)) and 0 < low
+    assert high == pytest.approx(0.5 * math.exp(RAW_LIMIT))
 
 
 def test_the_likelihood_of_8_bit_values_sums_to_one_and_is_the_integral():
@@ -216,45 +226,47 @@ def test_the_term_is_the_same_whatever_the_network_predicts():
     torch.testing.assert_close(losses[2], losses[1], rtol=0.01, atol=1e-4)
 
 
-def test_the_gradient_of_a_clip_is_limited_and_else_that_of_the_term_over_its_gap():
-    config = DiffusionConfig(prediction="x0")
-    t = torch.tensor([0.001, 0.002, 0.4, 0.7])
-    x0 = torch.zeros(4, 8)
-    noised = add_noise(config, x0, t, torch.randn(4, 8))
-    guess = torch.tensor([0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.1, 0.5, 1.0]).expand(4, 8)
-    raw = torch.zeros(4, 8, requires_grad=True)
-    loss = variance_loss(config, guess, raw, noised, t, x0)
-    (found,) = torch.autograd.grad(loss.sum(), raw)
-    step = reverse_step(config.schedule, t, 1000)
-    fraction = fraction_of(raw.detach()).requires_grad_()
-    bits = bound_term(step, guess, fraction, x0)
-    (wanted,) = torch.autograd.grad(bits.sum(), fraction)
-    torch.testing.assert_close(loss, bits)
-    wanted = wanted / step.gap.square()[:, None]
-    size = wanted.abs().sum(1)
-    assert size[0] > 10 * VARIANCE_LIMIT and (size[2:] < VARIANCE_LIMIT).all()
-    wanted = VARIANCE_WEIGHT * wanted / (size / VARIANCE_LIMIT).clamp(min=1)[:, None]
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7)
-    with torch.no_grad():
-        assert torch.equal(variance_loss(config, guess, raw, noised, t, x0), bits)
+def test_frequencies_are_an_orthonormal_basis():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 8, 8)
+    found = to_frequencies(x)
+    torch.testing.assert_close(from_frequencies(found), x)
+    torch.testing.assert_close(found.square().sum(), x.square().sum())
+    flat = to_frequencies(torch.ones(1, 3, 4, 8, 8))
+    assert float(flat[0, 0, 0, 0, 0]) == pytest.approx((3 * 4 * 8 * 8) ** 0.5)
+    assert flat.flatten()[1:].abs().max() < 1e-5
+    wave = torch.cos(math.pi / 8 * 3 * (torch.arange(8) + 0.5)).expand(1, 3, 4, 8, 8)
+    assert to_frequencies(wave).flatten(0, 3).abs().argmax() == 3
 
 
-@pytest.mark.parametrize(("raw", "error", "moves"), [
-    (16.0, 1.0, False), (16.0, 0.0, True), (-1.5, 0.0, False), (-1.5, 1.0, True),
-])  # fmt: skip
-def test_a_fraction_at_its_limit_is_pushed_back_but_not_further(raw, error, moves):
-    """And what is not pushed takes nothing from what is left to the values beside it."""
-    config = DiffusionConfig(prediction="x0")
-    x0, t = torch.zeros(1, 4), torch.tensor([0.2])
-    noised = add_noise(config, x0, t, torch.randn(1, 4))
-    leaf = torch.tensor([[raw, raw, 0.0, 0.0]], requires_grad=True)
-    loss = variance_loss(config, torch.full_like(x0, error), leaf, noised, t, x0)
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    at_bound, between = gradient[:, :2], gradient[:, 2:]
-    assert (at_bound * raw > 0).all() if moves else (at_bound == 0).all()
-    assert (between != 0).all()
-    if error == 1.0 and not moves:
-        assert float(between.abs().sum()) == pytest.approx(VARIANCE_WEIGHT * VARIANCE_LIMIT)
+def test_the_learned_term_is_a_divergence_of_correlated_distributions():
+    """Against torch's, with whole covariance matrices in pixels."""
+    step = reverse_step(CosineSchedule(), torch.tensor([0.3]), 50)
+    torch.manual_seed(0)
+    x0, estimate, z = (torch.rand(1, 3, 2, 2) * 2 - 1 for _ in range(3))
+    fraction = torch.exp(torch.randn(1, 3, 2, 2))
+    mean, lower, upper = posterior(x0.double(), z, step.now.double(), step.after.double())
+    ours, _, _ = posterior(estimate.double(), z, step.now.double(), step.after.double())
+    # the rows of the transform, in pixels
+    basis = from_frequencies(torch.eye(12).view(12, 3, 2, 2)).flatten(1).double()
+    variance = (lower + fraction.flatten().double() * (upper - lower)).flatten()
+    covariance = basis.T @ (variance[:, None] * basis)
+    wanted = kl_divergence(
+        MultivariateNormal(mean.flatten(), float(lower) * torch.eye(12, dtype=torch.float64)),
+        MultivariateNormal(ours.flatten(), covariance),
+    )
+    found = learned_term(step, estimate, fraction, x0)
+    assert float(found) == pytest.approx(float(wanted) / 12 / math.log(2), rel=1e-3)
+
+
+def test_the_last_learned_term_is_the_likelihood_with_the_mean_variance():
+    schedule = CosineSchedule()
+    x0 = (torch.arange(0, 256, 5).float() / 127.5 - 1)[None]
+    fraction = torch.rand(x0.shape) * 20
+    step = reverse_step(schedule, torch.tensor([1 / STEPS]), STEPS)
+    variance = fraction.mean().log() + step.log_upper
+    wanted = -log_likelihood(x0, x0 + 0.01, variance).mean() / math.log(2)
+    assert float(learned_term(step, x0 + 0.01, fraction, x0)) == pytest.approx(float(wanted))
 
 
 SCHEDULES = {
@@ -266,36 +278,79 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("error", [0.3, 3.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_step_learns_its_best_fraction_and_all_in_the_same_time(schedule, error):
-    """About the squared error in units of sigma^2, from the clean end to the noisy one; exactly
-    log(1 + K) over the gap, where K is it times the growth of the SNR.
-    """
+def test_the_gradient_is_that_of_the_term_over_a_factor(schedule):
+    """(k f / (1 + k f))^2 / 2, where k f is the variance beyond beta~, in units of it."""
     config = DiffusionConfig(prediction="x0", **SCHEDULES[schedule])
-    times = [0.01, 0.03, 0.1] + ([0.7, 0.97, 1.0] if error < 1 else [])  # guesses end at 1
-    t = on_grid(torch.tensor(times), config.variance_steps)
-    x0 = torch.zeros(len(t), 1)
+    t = on_grid(torch.tensor([0.01, 0.03, 0.3, 0.6]), config.variance_steps)
+    x0, number = torch.zeros(4, 8), 8
+    noised = add_noise(config, x0, t, torch.randn(4, 8))
+    torch.manual_seed(0)
+    _, sigma = alpha_sigma(noised.log_snr)
+    guess = 0.3 * sigma[:, None] * torch.randn(4, 8)
+    raw = torch.randn(4, 8, requires_grad=True)
+    loss = variance_loss(config, guess, raw, noised, t, x0)
+    (found,) = torch.autograd.grad(loss.sum(), raw)
+    raw = raw.detach().double().requires_grad_()
+    fraction = fraction_of(raw)
+    best = (to_frequencies(guess.clamp(-1, 1)).double() / sigma[:, None]).square()
+    step = reverse_step(config.schedule, t, config.variance_steps)
+    after, now = step.after.double(), step.now.double()
+    k = torch.expm1(torch.log1p(after.exp()) - torch.log1p(now.exp()))[:, None]
+    # the divergence's mean part is k f* in units of beta~, for a step of this length exactly
+    terms = 0.5 * (torch.log1p(k * fraction) + (k * best - k * fraction) / (1 + k * fraction))
+    (of_term,) = torch.autograd.grad(terms.sum() / number, raw)
+    factor = (k * fraction / (1 + k * fraction)).square() / 2
+    wanted = VARIANCE_WEIGHT * of_term / factor.detach()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-7)
+    bits = learned_term(step, guess, fraction.detach().float(), x0)
+    torch.testing.assert_close(
+        bits.double(), terms.detach().mean(1) / math.log(2), rtol=1e-2, atol=1e-9
+    )
+    scale = config.variance_steps / 1000
+    torch.testing.assert_close(loss.detach(), scale * bits)
+    with torch.no_grad():
+        assert torch.equal(variance_loss(config, guess, raw.float(), noised, t, x0), loss)
+
+
+def test_the_gradient_of_a_clip_is_limited_and_ends_where_the_range_does():
+    config = DiffusionConfig(prediction="x0")
+    x0, t = torch.zeros(3, 4), torch.tensor([0.001, 0.2, 0.2])
+    noised = add_noise(config, x0, t, torch.randn(3, 4))
+    guess = torch.tensor([0.5, 0.0, 1.0])[:, None].expand(3, 4)
+    start = torch.tensor([0.0, -RAW_LIMIT - 1, RAW_LIMIT + 1])[:, None].expand(3, 4)
+    raw = start.clone().requires_grad_()
+    loss = variance_loss(config, guess, raw, noised, t, x0)
+    (gradient,) = torch.autograd.grad(loss.sum(), raw)
+    # of the first, whose error is immense: all of it is in the lowest frequency
+    assert float(gradient[0].abs().sum()) == pytest.approx(VARIANCE_WEIGHT * VARIANCE_LIMIT)
+    assert gradient[0, 0] < 0 and gradient[0].abs().argmax() == 0
+    assert (gradient[1] == 0).all()  # no error: further down, but there it ends
+    assert (gradient[2] > 0).all()  # far too high: back
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_step_learns_its_best_fraction_and_all_in_the_same_time(schedule):
+    """The squared error of each frequency over sigma^2, from the clean end to the noisy one."""
+    config = DiffusionConfig(prediction="x0", **SCHEDULES[schedule])
+    t = on_grid(torch.tensor([0.01, 0.03, 0.3, 0.7, 0.97, 1.0]), config.variance_steps)
+    x0 = torch.zeros(len(t), 6)
     _, sigma = alpha_sigma(config.schedule.log_snr(t))
-    guess = error**0.5 * sigma[:, None]
-    noised = add_noise(config, x0, t, torch.randn(len(t), 1))
-    raw = torch.zeros(len(t), 1, requires_grad=True)
-    for _ in range(250):
+    best = torch.tensor([9.0, 3.0, 0.3, 0.1, 0.03, 0.01]).expand(len(t), 6)
+    guess = from_frequencies(best.sqrt() * sigma[:, None] / 4)
+    noised = add_noise(config, x0, t, torch.randn(len(t), 6))
+    raw = torch.zeros(len(t), 6, requires_grad=True)
+    for _ in range(400):
         loss = variance_loss(config, guess, raw, noised, t, x0)
         (gradient,) = torch.autograd.grad(loss.sum(), raw)
         with torch.no_grad():
-            raw -= 2.0 * gradient
+            raw -= 10.0 * gradient
+    torch.testing.assert_close(fraction_of(raw.detach()), best / 16, rtol=0.01, atol=0)
+    found = fraction_of(raw.detach())
     step = reverse_step(config.schedule, t, config.variance_steps)
-    now, after = step.now.double(), step.after.double()
-    gap = -torch.log1p(now.exp()) + torch.log1p(after.exp())
-    excess = guess[:, 0].double().square() * (after.exp() - now.exp())
-    torch.testing.assert_close(
-        fraction_of(raw.detach())[:, 0].double(), torch.log1p(excess) / gap, atol=2e-3, rtol=0
-    )
-    best = fraction_of(raw.detach())
-    for other in (-0.1, 0.1):  # later, float32 does not tell the terms apart
-        worse = bound_term(step, guess, best + other, x0) > bound_term(step, guess, best, x0)
-        assert worse[:3].all()
+    right = learned_term(step, guess, found, x0)
+    for factor in (0.8, 1.25):  # later, float32 does not tell the terms apart
+        assert (learned_term(step, guess, factor * found, x0) > right)[:3].all()
 
 
 def test_best_variance_is_found_by_the_gradient_of_the_term():
@@ -306,14 +361,13 @@ def test_best_variance_is_found_by_the_gradient_of_the_term():
     optimizer = torch.optim.Adam([raw], lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
-        bound_term(step, x0 + error, fraction_of(raw), x0).sum().backward()
+        learned_term(step, x0 + error, fraction_of(raw), x0).sum().backward()
         optimizer.step()
     alpha, _ = alpha_sigma(step.after)
     share = float(-torch.expm1(step.now - step.after) * alpha)
-    best = math.log(math.exp(float(step.log_lower)) + (share * error) ** 2)
-    found = float(step.log_variance(fraction_of(raw.detach()), x0))
-    best = min(best, float(step.log_upper))
-    assert found == pytest.approx(best, abs=0.02)
+    lower, upper = float(step.log_lower.exp()), float(step.log_upper.exp())
+    found = lower + float(fraction_of(raw.detach())) * (upper - lower)
+    assert found == pytest.approx(lower + (share * error) ** 2, rel=0.01)
 
 
 def test_bits_of_pure_noise_are_eight():
@@ -354,7 +408,7 @@ def test_no_gradient_of_the_variance_reaches_the_prediction(prediction):
     for name, parameter in plain.named_parameters():
         assert torch.equal(net.get_parameter(name).grad, parameter.grad), name
     head = [p.grad for name, p in net.named_parameters() if name.startswith("variance.")]
-    assert len(head) == 8
+    assert len(head) == 6
     assert all(grad is not None and grad.any() and grad.isfinite().all() for grad in head)
 
 
@@ -370,26 +424,52 @@ def test_the_network_says_prediction_and_fraction():
         dataclasses.replace(LEARNED, low_frames=2, low_size=16)
 
 
-@pytest.mark.parametrize(("scale", "gamma"), [(1.0, 0.0), (3.0, 1.0)])
-def test_ancestral_sampling_takes_the_learned_fraction(scale, gamma):
-    """A fraction at a bound everywhere is gamma at that bound."""
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_ancestral_sampling_takes_the_learned_fractions(scale):
+    """Next to nothing everywhere is gamma 0; and else the last step adds the noise of its error."""
     torch.manual_seed(0)
     net = awake(Unet3D(LEARNED, 24, 12))
     nn.init.zeros_(net.variance.out.weight)
-    nn.init.constant_(net.variance.out.bias, 2 * gamma - 1)
+    nn.init.constant_(net.variance.out.bias, -RAW_LIMIT)
     _, _, condition = inputs()
     how = ClipSampling(sampler="ancestral", steps=4, guidance_scale=scale)
     counters = torch.arange(2)
+
+    def sampled(unet, model, how):
+        with torch.no_grad():
+            return sample_clips(unet, model, DiffusionConfig(), condition, counters, how, 0)
+
+    plain = Unet3D(SMALL, 24, 12).eval()
+    state = {k: v for k, v in net.state_dict().items() if not k.startswith("variance")}
+    plain.load_state_dict(state)
+    lowest = sampled(plain, SMALL, dataclasses.replace(how, gamma=0.0))
+    torch.testing.assert_close(sampled(net, LEARNED, how), lowest, atol=0.01, rtol=0)
+    nn.init.constant_(net.variance.out.bias, 0.0)
+    assert (sampled(net, LEARNED, how) - lowest).abs().max() > 0.1
+    fixed = sampled(net, LEARNED, dataclasses.replace(how, gamma=0.0))
+    torch.testing.assert_close(fixed, lowest)
+
+
+@pytest.mark.parametrize("frames", [4, 2])
+def test_fractions_of_a_clip_and_its_images(frames):
+    """Channels', frames' and pixels' frequencies add up; an image takes the mean over frames'."""
+    torch.manual_seed(0)
+    head = Unet3D(LEARNED, 24, 12).variance
+    nn.init.normal_(head.out.weight, std=0.1)
+    log_snr = torch.tensor([-3.0, 2.0, -3.0, 0.0, 2.0, 5.0])  # of two clips, and two images each
     with torch.no_grad():
-        found = sample_clips(net, LEARNED, DiffusionConfig(), condition, counters, how, 0)
-        fixed = dataclasses.replace(how, gamma=gamma)
-        plain = Unet3D(SMALL, 24, 12).eval()
-        state = {k: v for k, v in net.state_dict().items() if not k.startswith("variance")}
-        plain.load_state_dict(state)
-        wanted = sample_clips(plain, SMALL, DiffusionConfig(), condition, counters, fixed, 0)
-        other = sample_clips(plain, SMALL, DiffusionConfig(), condition, counters, how, 0)
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert (found - other).abs().max() > 0.01
+        raw = head(log_snr, 2, frames, 2)
+        whole, alone = head(log_snr[:2], 2, LEARNED.num_frames, 0), head(log_snr[2:], 2, 0, 2)
+    side = LEARNED.image_size
+    assert raw.shape == (2, 3, frames + 2, side, side)
+    torch.testing.assert_close(raw[:, :, frames:], alone)
+    wanted = fraction_of(whole).mean(2)
+    torch.testing.assert_close(fraction_of(raw[0, :, frames]), wanted[0])
+    torch.testing.assert_close(fraction_of(raw[1, :, frames]), wanted[1])
+    ends = raw[:, :, [0, frames - 1]]
+    torch.testing.assert_close(ends, whole[:, :, [0, -1]])
+    mixed = raw[0, 1, 1, 3, 5] - raw[0, 1, 0, 3, 5] - raw[0, 2, 1, 7, 2] + raw[0, 2, 0, 7, 2]
+    assert float(mixed) == pytest.approx(0, abs=1e-5)
 
 
 def test_bits_of_a_few_steps_stand_for_all():

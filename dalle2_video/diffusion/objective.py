@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dalle2_video.diffusion.frequencies import to_frequencies
 from dalle2_video.diffusion.parameterization import (
     PREDICTIONS,
     Prediction,
@@ -29,18 +30,12 @@ from dalle2_video.diffusion.schedule import (
     ZeroTerminalSchedule,
     alpha_sigma,
 )
-from dalle2_video.diffusion.variance import (
-    MAX_FRACTION,
-    bound_term,
-    fraction_of,
-    off_by,
-    reverse_step,
-)
+from dalle2_video.diffusion.variance import RAW_LIMIT, fraction_of, learned_term, reverse_step
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
 VARIANCE_WEIGHT = 0.05  # on the gradient, so that the loop's clipping hardly feels it
-VARIANCE_LIMIT = 1.0  # bits, as of fractions that are 1.4 too low
+VARIANCE_LIMIT = 4.0  # times what fractions that are far too high say
 
 
 @dataclass(frozen=True)
@@ -117,22 +112,22 @@ def variance_loss(
     Its value is one term of T, in bits per dimension, times T / 1000: their 0.001 is of the sum of
     all terms. It teaches the fraction alone: the prediction is detached, clipped as in sampling.
 
-    Deviation: its gradient at `raw` is how much the fraction is off by (`off_by`), which divides
-    that of the term by the squared gap of the bounds. Without that, all that is learned are the
-    last steps, whose gradient is thousands of times the others' (docs/learned_variance.md). Nothing
-    is pushed further out where the fraction has reached a limit, and a clip's gradient is limited
-    in the mean of its absolute values: far outside, by how much says nothing more.
+    Deviation: its gradient at `raw` is 1 - f* / f, f* the squared error over sigma^2. That is the
+    term's but for the factor (k f / (1 + k f))^2 / 2, k the bounds' relative distance, which leaves
+    the best fraction where it is and would let the last steps alone teach it
+    (docs/learned_variance.md). A clip's gradient is limited in the mean of its absolute values.
     """
     estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
     estimate, raw = estimate.clamp(-1, 1), raw.float()
     step = reverse_step(config.schedule, t, config.variance_steps)
     fraction = fraction_of(raw.detach())
-    bits = config.variance_steps / 1000 * bound_term(step, estimate, fraction, x0)
+    bits = config.variance_steps / 1000 * learned_term(step, estimate, fraction, x0)
     if not torch.is_grad_enabled():
         return bits
-    off = off_by(step, estimate, fraction, x0) / raw[0].numel()
-    out = ((fraction <= 0) & (off > 0)) | ((fraction >= MAX_FRACTION) & (off < 0))
-    off = off.masked_fill(out, 0.0)
+    _, sigma = alpha_sigma(noised.log_snr)
+    best = (to_frequencies(x0 - estimate) / expand(sigma, x0)).square()
+    off = (1 - best / fraction) / raw[0].numel()
+    off = off.masked_fill((raw.abs() >= RAW_LIMIT) & (raw * off < 0), 0.0)  # out of its range
     size = off.abs().flatten(1).sum(1)
     off = off * expand((VARIANCE_LIMIT / size).clamp(max=1), raw)
     inner = (off * raw).flatten(1).sum(1)

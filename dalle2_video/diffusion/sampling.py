@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dalle2_video.diffusion.frequencies import from_frequencies, to_frequencies
 from dalle2_video.diffusion.guidance import Denoiser
 from dalle2_video.diffusion.parameterization import eps_from_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
 
 Noise = Callable[[int], Tensor]  # step number -> standard normal of the sample's shape
 Progress = Callable[[int], None]
-Fraction = Callable[[], Tensor]  # of the last x0: learned for each value of z
+Fraction = Callable[[], Tensor]  # of the last x0: learned, of each frequency of z
 
 
 def ddim(
@@ -90,10 +91,8 @@ def ancestral(
     """Ancestral sampler of Ho et al. 2022 (2204.03458), eq. 4; z (B, ...) at steps[0] -> x0.
 
     gamma interpolates the log of the variance between its lower (0) and upper (1) bound. As a
-    function, it is a learned fraction, the expected squared error of x0 over sigma^2 (variance.py),
-    and interpolates the variance itself: that is the best normal distribution for a step of any
-    length (Bao et al. 2022, 2206.07309). For the short steps that it was learned for, both are the
-    same.
+    function, it is the learned fraction of each frequency (variance.py), which interpolates the
+    variance itself; then the last step samples as well, x0 with the noise of its error.
     corrector: step size of the Langevin step after each predictor step (their appendix; 0.1 there),
     which costs a second evaluation; it draws noise(num_steps + i).
     """
@@ -107,10 +106,13 @@ def ancestral(
         z.mul_(torch.exp(now - after) * (alpha_s / alpha_t)).addcmul_(x0, gone * alpha_s)
         lower, upper = gone * sigma_s.square(), gone * sigma_t.square()
         if callable(gamma):
-            variance = lower + gamma() * (upper - lower)
+            fraction, fresh = gamma(), to_frequencies(noise(i))
+            z.add_(from_frequencies(fresh * (lower + fraction * (upper - lower)).sqrt()))
+            if i == last:
+                x0 = x0 + from_frequencies(fresh * fraction.sqrt() * sigma_t)
         else:
             variance = (lower.log() * (1 - gamma) + upper.log() * gamma).exp()
-        z.addcmul_(noise(i), variance.sqrt())
+            z.addcmul_(noise(i), variance.sqrt())
         if corrector > 0 and i < last:
             eps = eps_from_x0(denoise(z, after.expand(z.shape[0])), z, after.expand(z.shape[0]))
             fresh = noise(len(steps) - 1 + i)

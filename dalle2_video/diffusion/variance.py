@@ -1,14 +1,18 @@
 """A learned variance of the reverse steps, and the variational bound that trains and judges it.
 
 Nichol & Dhariwal 2021 (2102.09672), section 3.1: the log-variance of a step is interpolated between
-those of its bounds, beta~ and beta, by a fraction that the network says for each value of the clip.
-It is the `gamma` of the ancestral sampler, learned. In continuous time a process of T steps goes
-from t to t - 1 / T; sampling in other steps has other bounds, for which the fraction is the same.
+beta~ (right for a single clip) and beta (right for white noise) by a fraction that is learned for
+each value. That is the `gamma` of the ancestral sampler.
 
-The bound, in bits per dimension, is a sum of T terms and the prior's: of each step the KL
-divergence between the posterior given the clip and what the network says, of the last one the
-likelihood of the clip's 8-bit values. Clips (B, ...) are float32 in [-1, 1], times t (B,) in
-[0, 1], best on the grid of 1 / T to 1 (`on_grid`).
+Deviation: here the fraction is that of each frequency of the clip (frequencies.py), and
+interpolates the variance itself. Then the best one is the expected squared error of the network's
+guess of x0 over sigma^2, for a step of any length (Bao et al. 2022, 2206.07309, there by value); it
+is above 1 where the data vary more than white noise. docs/learned_variance.md tells why.
+
+In continuous time a process of T steps goes from t to t - 1 / T. Its bound, in bits per dimension,
+is a sum of T terms and the prior's: of each step the KL divergence between the posterior given the
+clip and what the network says, of the last one the likelihood of the clip's 8-bit values. Clips
+(B, ...) are float32 in [-1, 1], times t (B,) in [0, 1], best on the grid of 1 / T to 1 (`on_grid`).
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle2_video.diffusion.frequencies import to_frequencies
 from dalle2_video.diffusion.parameterization import expand
 from dalle2_video.diffusion.schedule import Schedule, alpha_sigma
 
 BIN = 2 / 255  # between neighbouring 8-bit values
 BITS = 1 / math.log(2)
-MAX_FRACTION = 8.0  # at the clean end a network that predicts x0 errs by more than all the noise
+RAW_LIMIT = 12.0  # fractions from 3e-6 to 8e4
 
 
 class ReverseStep(NamedTuple):
@@ -48,7 +53,7 @@ class ReverseStep(NamedTuple):
         return torch.where(self.last, self.log_upper - self.log_lower, gap)
 
     def log_variance(self, fraction: Tensor | float, like: Tensor) -> Tensor:
-        """(B, ...): 0 is the lower bound, 1 the upper."""
+        """Nichol & Dhariwal's, (B, ...): fraction 0 is the lower bound, 1 the upper."""
         return expand(self.log_lower, like) + fraction * expand(self.gap, like)
 
 
@@ -76,12 +81,8 @@ def reverse_step(schedule: Schedule, t: Tensor, steps: int) -> ReverseStep:
 
 
 def fraction_of(raw: Tensor) -> Tensor:
-    """A network's raw output -> the fraction; 0 is 0.5, the geometric middle of the bounds.
-
-    Deviation: Nichol & Dhariwal's (raw + 1) / 2 is unbounded, here it ends at 0 (the lower bound is
-    the least that there is) and at MAX_FRACTION (docs/learned_variance.md).
-    """
-    return ((raw + 1) / 2).clamp(0, MAX_FRACTION)
+    """A network's raw output -> fractions; 0 is 0.5, for short steps the middle of the bounds."""
+    return 0.5 * torch.exp(raw.clamp(-RAW_LIMIT, RAW_LIMIT))
 
 
 def split_output(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -116,23 +117,21 @@ def bound_term(step: ReverseStep, estimate: Tensor, fraction: Tensor | float, x0
     return torch.where(last, -likelihood, divergence).flatten(1).mean(1) * BITS
 
 
-def off_by(step: ReverseStep, estimate: Tensor, fraction: Tensor, x0: Tensor) -> Tensor:
-    """How much too large the fractions are, (B, ...): the gradient by them of `bound_term`, per
-    value (not over their number), over the squared gap.
+def learned_term(step: ReverseStep, estimate: Tensor, fraction: Tensor, x0: Tensor) -> Tensor:
+    """As `bound_term`, where fraction (B, ...) is that of each frequency.
 
-    To first order in the gap (f - f*) / (2 ln 2), where f* = (x0 - estimate)^2 / sigma^2 at
-    step.now. In the last step it is the gradient of the likelihood of 8-bit values.
+    In the last step, whose values are cut to 8 bits one by one, all values have the mean variance.
     """
-    gap, last = expand(step.gap.clamp(min=1e-12), x0), expand(step.last, x0)
+    last = expand(step.last, x0)
     growth = -torch.expm1(step.now - step.after) * torch.exp(step.after)  # of the SNR
-    excess = (x0 - estimate).square() * expand(growth, x0)
-    shrunk = fraction * gap
-    of_step = (-torch.expm1(-shrunk) - excess * torch.exp(-shrunk)) / (2 * gap)
-    leaf = fraction.detach().requires_grad_()
-    log_variance = torch.where(last, step.log_variance(leaf, x0), 0.0)
-    likelihood = log_likelihood(x0, torch.where(last, estimate, x0), log_variance)
-    (of_last,) = torch.autograd.grad(likelihood.sum(), leaf)
-    return torch.where(last, -of_last / gap.square(), of_step) * BITS
+    excess = to_frequencies(x0 - estimate).square() * expand(growth, x0)
+    more = fraction * expand(torch.expm1(step.gap), x0)  # of the variance, in those of beta~
+    divergence = 0.5 * (torch.log1p(more) + (excess - more) / (1 + more))
+    mean = expand(fraction.flatten(1).mean(1).log() + step.log_upper, x0)
+    likelihood = log_likelihood(
+        x0, torch.where(last, estimate, x0), torch.where(last, mean, torch.zeros_like(mean))
+    )
+    return torch.where(last, -likelihood, divergence).flatten(1).mean(1) * BITS
 
 
 def log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.diffusion.parameterization import expand, to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
 from dalle2_video.diffusion.variance import (
+    ReverseStep,
     bound_term,
     fraction_of,
+    learned_term,
     prior_term,
     reverse_step,
     split_output,
@@ -33,6 +35,11 @@ def to_values(x: Tensor) -> Tensor:
     return to_float(to_uint8(x), x.shape[2], x.shape[3])
 
 
+def learned(step: ReverseStep, estimate: Tensor, raw: Tensor, x0: Tensor) -> Tensor:
+    """Bits of one step (B,) with the fractions that a network has learned."""
+    return learned_term(step, estimate, fraction_of(raw), x0)
+
+
 def bits_of(
     network: Callable[[Tensor, Tensor], Tensor],
     diffusion: DiffusionConfig,
@@ -40,14 +47,14 @@ def bits_of(
     counters: Tensor,
     seed: int,
     draws: int,
-    fraction: Callable[[Tensor], Tensor] = fraction_of,
+    term: Callable[[ReverseStep, Tensor, Tensor, Tensor], Tensor] = learned,
 ) -> dict[str, Tensor]:
     """The bound of clips x0 (B, C, ...) of 8-bit values: name of the variance -> (B,).
 
-    network: (z, log_snr) -> prediction, with or without a raw fraction, of which `fraction` makes
-    one. Most of the bound, and of its noise, lies at the clean end: the LAST steps are all in it,
-    and of the others `draws` stand for all, spread by a cube. Noise and steps are keyed by (seed,
-    counters (B,)).
+    network: (z, log_snr) -> prediction, perhaps with raw fractions, which `term` (step, estimate,
+    raw, x0) makes bits of. Most of the bound, and of its noise, lies at the clean end: the LAST
+    steps are all in it, and of the others `draws` stand for all, spread by a cube. Noise and steps
+    are keyed by (seed, counters (B,)).
     """
     steps = diffusion.variance_steps
     last = min(LAST, steps)
@@ -67,11 +74,11 @@ def bits_of(
         z = alpha * x0 + sigma * noise
         prediction, raw = split_output(network(z, step.now).float(), x0.shape[1])
         estimate = to_x0(diffusion.prediction, prediction, z, step.now).clamp(-1, 1)
-        fractions: dict[str, Tensor | float] = dict(FIXED)
+        bits = {name: bound_term(step, estimate, one, x0) for name, one in FIXED.items()}
         if raw is not None:
-            fractions["learned"] = fraction(raw)
-        for name, one in fractions.items():
-            found[name] = found.get(name, 0) + weight * bound_term(step, estimate, one, x0)
+            bits["learned"] = term(step, estimate, raw, x0)
+        for name, one in bits.items():
+            found[name] = found.get(name, 0) + weight * one
     return {name: bits + prior_term(diffusion.schedule, x0) for name, bits in found.items()}
 
 

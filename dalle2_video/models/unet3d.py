@@ -63,8 +63,8 @@ class UnetConfig:
     residual: what is diffused is the difference to that clip, resized and blended, over this
     number, which should be about its root mean square; 0: the clip itself.
 
-    learned_variance: as many channels more, what diffusion/variance.py makes a fraction of; for
-    networks without a smaller clip.
+    learned_variance: as many channels more, of which diffusion/variance.py makes the fraction of
+    each frequency; for networks without a smaller clip.
     """
 
     image_size: int = 32
@@ -365,22 +365,37 @@ class Block(nn.Module):
         return x if self.cross is None else self.cross(x, tokens, mask, images)
 
 
-class VarianceHead(nn.Module):
-    """Features (B, F + J, H, W, D) and log-SNR (I,) -> raw fraction (B, F + J, H, W, p p C).
+class VarianceSpectrum(nn.Module):
+    """log-SNR (I,) -> raw fractions (B, C, F + J, H, W) of a clip's frequencies, and of its images'
+    (diffusion/variance.py).
 
-    What it learns ends here: the rest of the network learns as if it were not there. It looks at
-    the noise by itself, since a prediction may need to tell less of it than the fraction does.
+    What a noise level says is the same for all clips: the sum of a number for the channels', one
+    for the frames' and one for the pixels' frequency. A table of all frequencies, fitted to the
+    errors of a network, explained them hardly better (docs/learned_variance.md).
     """
 
-    def __init__(self, dim: int, cond_dim: int, patch_dim: int) -> None:
+    def __init__(self, config: UnetConfig) -> None:
         super().__init__()
-        self.log_snr = LogSNREmbedding(cond_dim)
-        self.norm = AdaptiveNorm(dim, cond_dim)
-        self.out = zero_init(SpatialConv(dim, patch_dim))
+        self.side = config.image_size
+        self.sizes = config.channels, config.num_frames, self.side**2
+        self.log_snr = LogSNREmbedding(config.cond_dim)
+        self.out = zero_init(nn.Linear(config.cond_dim, sum(self.sizes)))
 
-    def forward(self, x: Tensor, log_snr: Tensor, images: int) -> Tensor:
-        noise = to_frames(self.log_snr(log_snr), x.shape[1] - images, len(x), images)
-        return self.out(F.silu(self.norm(x.detach(), F.silu(noise))))
+    def forward(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
+        says = self.out(F.silu(self.log_snr(log_snr)))
+        channels, times, places = says.split(self.sizes, dim=-1)
+        places = places[:, None, None].unflatten(-1, (self.side, self.side))
+        clips, parts = len(says) - batch * images, []
+        if clips:
+            over = times[:clips, None]
+            if frames != times.shape[1]:
+                over = F.interpolate(over, frames, mode="linear", align_corners=True)
+            parts.append((channels[:clips, :, None] + over)[..., None, None] + places[:clips])
+        if images:  # the mean fraction over the frequencies of frames
+            over = torch.logsumexp(times[clips:, None], -1, keepdim=True) - math.log(times.shape[1])
+            alone = (channels[clips:, :, None] + over)[..., None, None] + places[clips:]
+            parts.append(alone.unflatten(0, (batch, images)).squeeze(3).transpose(1, 2))
+        return torch.cat(parts, dim=2)
 
 
 class Unet3D(nn.Module):
@@ -432,8 +447,7 @@ class Unet3D(nn.Module):
                 self.upsample.append(Upsample(dims[level], dims[level - 1]))
         self.norm = AdaptiveNorm(dims[0], config.cond_dim)
         self.out = zero_init(SpatialConv(dims[0], patch_dim))
-        learned = config.learned_variance
-        self.variance = VarianceHead(dims[0], config.cond_dim, patch_dim) if learned else None
+        self.variance = VarianceSpectrum(config) if config.learned_variance else None
 
     def _run(self, block: nn.Module, *inputs: Tensor | int) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -464,7 +478,7 @@ class Unet3D(nn.Module):
         low: Low | None = None,
     ) -> Tensor:
         """z (B, C, F + J, H, W), log_snr (I,), condition of I -> (B, C, F + J, H, W) in z's dtype,
-        with a learned variance (B, 2 C, F + J, H, W), the raw fraction behind the prediction.
+        with a learned variance (B, 2 C, F + J, H, W), the raw fractions behind the prediction.
 
         images: J; the clips may have no frame of their own. before: the last estimate of x0, like
         z, where the network is self-conditioned; None: there is none yet. low: the smaller clip,
@@ -499,8 +513,9 @@ class Unet3D(nn.Module):
                 x = self._run(block, torch.cat([x, skips.pop()], dim=-1), *inputs)
             if level < len(self.upsample):
                 x = self.upsample[level](x)
-        outs = [self.out(F.silu(self.norm(x, cond)))]
-        if self.variance is not None:
-            outs.append(self.variance(x, log_snr, images))
-        clips = [channels_to_space(out, self.config.patch) for out in outs]
-        return torch.cat(clips, dim=-1).permute(0, 4, 1, 2, 3).to(z.dtype)
+        out = channels_to_space(self.out(F.silu(self.norm(x, cond))), self.config.patch)
+        out = out.permute(0, 4, 1, 2, 3).to(z.dtype)
+        if self.variance is None:
+            return out
+        raw = self.variance(log_snr, len(z), z.shape[2] - images, images)
+        return torch.cat([out, raw.to(z.dtype)], dim=1)

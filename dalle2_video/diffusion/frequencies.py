@@ -1,0 +1,39 @@
+"""The orthonormal cosine transform of clips: where the errors of a network are nearly independent.
+
+What a network cannot tell (a colour, how far a head turns) is shared by thousands of neighbouring
+values, so its errors in pixels go together, and those in frequencies hardly do.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def cosines(number: int, device: torch.device) -> Tensor:
+    """The DCT-II of so many values as an orthogonal matrix (N, N) float32, a row per frequency."""
+    k = torch.arange(number, dtype=torch.float64)[:, None]
+    place = torch.arange(number, dtype=torch.float64) + 0.5
+    matrix = torch.cos(math.pi / number * k * place) * math.sqrt(2 / number)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float().to(device)
+
+
+def to_frequencies(x: Tensor) -> Tensor:
+    """(B, ...) float32 -> its cosine transform along every axis but the first; lengths stay."""
+    for axis in range(1, x.ndim):
+        matrix = cosines(x.shape[axis], x.device)
+        x = (x.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
+    return x
+
+
+def from_frequencies(x: Tensor) -> Tensor:
+    """The inverse of `to_frequencies`, which is its transpose."""
+    for axis in range(1, x.ndim):
+        matrix = cosines(x.shape[axis], x.device)
+        x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    return x
