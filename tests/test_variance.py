@@ -430,7 +430,9 @@ def test_ancestral_sampling_takes_the_learned_fractions(scale):
     torch.manual_seed(0)
     net = awake(Unet3D(LEARNED, 24, 12))
     nn.init.zeros_(net.variance.out.weight)
-    nn.init.constant_(net.variance.out.bias, -RAW_LIMIT)
+    nn.init.zeros_(net.variance.out.bias)
+    constant = net.variance.out.bias.data.view(3, *net.variance.functions)[:, 0, 0, 0]
+    constant.fill_(-RAW_LIMIT)
     _, _, condition = inputs()
     how = ClipSampling(sampler="ancestral", steps=4, guidance_scale=scale)
     counters = torch.arange(2)
@@ -444,7 +446,7 @@ def test_ancestral_sampling_takes_the_learned_fractions(scale):
     plain.load_state_dict(state)
     lowest = sampled(plain, SMALL, dataclasses.replace(how, gamma=0.0))
     torch.testing.assert_close(sampled(net, LEARNED, how), lowest, atol=0.01, rtol=0)
-    nn.init.constant_(net.variance.out.bias, 0.0)
+    constant.fill_(0.0)
     assert (sampled(net, LEARNED, how) - lowest).abs().max() > 0.1
     fixed = sampled(net, LEARNED, dataclasses.replace(how, gamma=0.0))
     torch.testing.assert_close(fixed, lowest)
@@ -452,7 +454,9 @@ def test_ancestral_sampling_takes_the_learned_fractions(scale):
 
 @pytest.mark.parametrize("frames", [4, 2])
 def test_fractions_of_a_clip_and_its_images(frames):
-    """Channels', frames' and pixels' frequencies add up; an image takes the mean over frames'."""
+    """An image takes the mean over the frequencies of frames; of fewer frames, frequency k is that
+    of k times as many.
+    """
     torch.manual_seed(0)
     head = Unet3D(LEARNED, 24, 12).variance
     nn.init.normal_(head.out.weight, std=0.1)
@@ -466,10 +470,10 @@ def test_fractions_of_a_clip_and_its_images(frames):
     wanted = fraction_of(whole).mean(2)
     torch.testing.assert_close(fraction_of(raw[0, :, frames]), wanted[0])
     torch.testing.assert_close(fraction_of(raw[1, :, frames]), wanted[1])
-    ends = raw[:, :, [0, frames - 1]]
-    torch.testing.assert_close(ends, whole[:, :, [0, -1]])
-    mixed = raw[0, 1, 1, 3, 5] - raw[0, 1, 0, 3, 5] - raw[0, 2, 1, 7, 2] + raw[0, 2, 0, 7, 2]
-    assert float(mixed) == pytest.approx(0, abs=1e-5)
+    every = LEARNED.num_frames // frames
+    torch.testing.assert_close(raw[:, :, :frames], whole[:, :, ::every])
+    for axis in range(5):  # they differ by noise level, and by every frequency
+        assert whole.diff(dim=axis).abs().max() > 0.05
 
 
 def test_bits_of_a_few_steps_stand_for_all():

@@ -365,36 +365,52 @@ class Block(nn.Module):
         return x if self.cross is None else self.cross(x, tokens, mask, images)
 
 
+def smooth_basis(number: int, length: int, whole: int, device: torch.device) -> Tensor:
+    """Functions (number, length) of the frequencies of so many values, out of `whole`: cosines over
+    the logarithm of the frequency.
+    """
+    frequency = torch.arange(length, device=device) * (whole / length)
+    place = torch.log1p(frequency) / math.log(max(whole, 2))
+    return torch.cos(math.pi * torch.arange(number, device=device)[:, None] * place)
+
+
 class VarianceSpectrum(nn.Module):
     """log-SNR (I,) -> raw fractions (B, C, F + J, H, W) of a clip's frequencies, and of its images'
     (diffusion/variance.py).
 
-    What a noise level says is the same for all clips: the sum of a number for the channels', one
-    for the frames' and one for the pixels' frequency. A table of all frequencies, fitted to the
-    errors of a network, explained them hardly better (docs/learned_variance.md).
+    They are the same for all clips of a noise level, a smooth function of the frequencies for each
+    channel's: 4 x 6 x 6 cosines, of which the finer count less. A table of all frequencies would
+    explain the errors of a network hardly better (docs/learned_variance.md).
     """
+
+    functions = (4, 6, 6)
 
     def __init__(self, config: UnetConfig) -> None:
         super().__init__()
-        self.side = config.image_size
-        self.sizes = config.channels, config.num_frames, self.side**2
+        self.shape = config.channels, config.num_frames, config.image_size, config.image_size
         self.log_snr = LogSNREmbedding(config.cond_dim)
-        self.out = zero_init(nn.Linear(config.cond_dim, sum(self.sizes)))
+        number = config.channels * math.prod(self.functions)
+        self.out = zero_init(nn.Linear(config.cond_dim, number))
 
     def forward(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
-        says = self.out(F.silu(self.log_snr(log_snr)))
-        channels, times, places = says.split(self.sizes, dim=-1)
-        places = places[:, None, None].unflatten(-1, (self.side, self.side))
+        says = self.out(F.silu(self.log_snr(log_snr))).float()
+        says = says.unflatten(-1, (self.shape[0], *self.functions))
+        t, h, w = (torch.arange(number, device=says.device) for number in self.functions)
+        says = says / (1 + t[:, None, None] + h[:, None] + w)
+        for axis in (1, 2):  # pixels
+            length = self.shape[axis + 1]
+            basis = smooth_basis(self.functions[axis], length, length, says.device)
+            says = (says.movedim(axis + 2, -1) @ basis).movedim(-1, axis + 2)
         clips, parts = len(says) - batch * images, []
+        number, whole = self.functions[0], self.shape[1]
         if clips:
-            over = times[:clips, None]
-            if frames != times.shape[1]:
-                over = F.interpolate(over, frames, mode="linear", align_corners=True)
-            parts.append((channels[:clips, :, None] + over)[..., None, None] + places[:clips])
+            basis = smooth_basis(number, frames, whole, says.device)
+            parts.append(torch.einsum("bcthw,tf->bcfhw", says[:clips], basis))
         if images:  # the mean fraction over the frequencies of frames
-            over = torch.logsumexp(times[clips:, None], -1, keepdim=True) - math.log(times.shape[1])
-            alone = (channels[clips:, :, None] + over)[..., None, None] + places[clips:]
-            parts.append(alone.unflatten(0, (batch, images)).squeeze(3).transpose(1, 2))
+            basis = smooth_basis(number, whole, whole, says.device)
+            raw = torch.einsum("bcthw,tf->bcfhw", says[clips:], basis)
+            alone = torch.logsumexp(raw, dim=2) - math.log(whole)
+            parts.append(alone.unflatten(0, (batch, images)).transpose(1, 2))
         return torch.cat(parts, dim=2)
 
 
