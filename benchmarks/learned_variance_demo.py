@@ -16,6 +16,7 @@ benchmarks/results/learned_variance_demo.json.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -27,7 +28,6 @@ from pathlib import Path
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from benchmarks.learned_variance import GAMMAS
 from benchmarks.learned_variance_figures import IMAGES, half_width, plt, save
 from benchmarks.sampling import Judge
 from dalle2_video.checkpoint import load_model
@@ -43,8 +43,8 @@ from dalle2_video.training.stage import from_config
 ROOT = Path(__file__).parents[1]
 FOLDER, RESULTS = ROOT / "runs" / "learned_variance_demo", ROOT / "benchmarks" / "results"
 SEEDS, STEPS, CLIPS = range(1, 6), (25, 10, 50), 256
-VARIANCES: dict[str, float | None] = {**GAMMAS, "learned": None}
-LABELS = {"lower": "beta~", "tenth": "0.1", "middle": "0.5", "upper": "beta", "learned": "learned"}
+VARIANCES = {"lower": 0.0, "tenth": 0.1, "upper": 1.0, "learned": None}
+LABELS = {"lower": "beta~", "tenth": "0.1", "upper": "beta", "learned": "learned"}
 
 
 def train(seeds: Sequence[int], minutes: float, data: str, overrides: list[str]) -> None:
@@ -89,15 +89,21 @@ def fit(seeds: Sequence[int], clips: int, data: str, overrides: list[str]) -> No
 
 def sample(seeds: Sequence[int], data: str) -> None:
     """Figures of every network, in a file each."""
-    for seed in seeds:
+    judges: dict[int, Judge] = {}
+    for steps, seed in itertools.product((0, *STEPS), seeds):  # 0: the bits
         path = FOLDER / f"{seed}.json"
         facts = json.loads(path.read_text()) if path.exists() else {}
-        judge = Judge(str(FOLDER / str(seed)), data, "val", CLIPS)
-        for steps in STEPS:
-            for name, gamma in VARIANCES.items():
-                if f"frechet_{steps}_{name}" in facts:
-                    continue
-                how = replace(
+        if seed not in judges:
+            judges[seed] = Judge(str(FOLDER / str(seed)), data, "val", CLIPS)
+        judge = judges[seed]
+        if not steps and "bits_per_dimension_learned" not in facts:
+            facts |= evaluate_bits(judge.cascade, judge.captions, 20, judge.base)
+            write_json(path, facts | provenance())
+        for name, gamma in VARIANCES.items() if steps else ():
+            if f"frechet_{steps}_{name}" in facts:
+                continue
+            point = judge.point(
+                replace(
                     judge.base,
                     sampler="ancestral",
                     steps=steps,
@@ -105,13 +111,10 @@ def sample(seeds: Sequence[int], data: str) -> None:
                     guidance_scale=1.0,
                     seed=seed,
                 )
-                point = judge.point(how)
-                for figure in ("frechet", "accuracy"):
-                    facts[f"{figure}_{steps}_{name}"] = point[figure]
-                print(seed, steps, name, point["frechet"], point["accuracy"], flush=True)
-                write_json(path, facts | provenance())
-        if "bits_per_dimension_learned" not in facts:
-            facts |= evaluate_bits(judge.cascade, judge.captions, 20, judge.base)
+            )
+            for figure in ("frechet", "accuracy"):
+                facts[f"{figure}_{steps}_{name}"] = point[figure]
+            print(seed, steps, name, point["frechet"], point["accuracy"], flush=True)
             write_json(path, facts | provenance())
 
 
@@ -121,9 +124,11 @@ def draw() -> None:
     figures: dict[str, float] = {"seeds": len(runs)}
     kinds = [f"{f}_{n}" for f in ("frechet", "accuracy") for n in STEPS] + ["bits_per_dimension"]
     for kind in kinds:
+        if not all(f"{kind}_learned" in run for run in runs):
+            continue  # still to come
         of = {
             name: np.array([run[f"{kind}_{name}"] for run in runs])
-            for name in VARIANCES
+            for name in (*VARIANCES, "middle")
             if f"{kind}_{name}" in runs[0]
         }
         for name, values in of.items():
@@ -139,15 +144,15 @@ def draw() -> None:
         RESULTS / "learned_variance_demo.json", figures | provenance() | {"commits": commits}
     )
     print(json.dumps(figures, indent=1))
+    order = [n for n in sorted(STEPS) if f"frechet_{n}_learned" in figures]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, kind in zip(axes, ("frechet", "accuracy"), strict=True):
         for i, (name, label) in enumerate(LABELS.items()):
-            order = sorted(STEPS)
             values = np.array([[run[f"{kind}_{n}_{name}"] for n in order] for run in runs])
             places = np.array(order) * (0.96 + 0.02 * i)
             axis.errorbar(places, values.mean(0), half_width(values), label=label, capsize=3)
         axis.set(xscale="log", xlabel="ancestral steps")
-        axis.set_xticks(STEPS, [str(n) for n in STEPS])
+        axis.set_xticks(order, [str(n) for n in order])
         axis.minorticks_off()
     axes[0].set(ylabel="Frechet distance, probe features")
     axes[1].set(ylabel="attribute accuracy")
@@ -161,7 +166,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("train", "fit", "sample", "draw"))
     parser.add_argument("--minutes", type=float, default=9.0, help="of each base U-Net (9)")
-    parser.add_argument("--clips", type=int, default=6400, help="that fit takes (6,400)")
+    parser.add_argument("--clips", type=int, default=9600, help="that fit takes (9,600)")
     parser.add_argument("--data", default="data/faces")
     parser.add_argument("--part", default="1/1", help="of the networks, for several processes")
     parser.add_argument("overrides", nargs="*", help="of train and fit: key=value, as in configs/")

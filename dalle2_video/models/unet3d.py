@@ -390,10 +390,12 @@ class VarianceSpectrum(nn.Module):
         self.shape = config.channels, config.num_frames, config.image_size, config.image_size
         self.log_snr = LogSNREmbedding(config.cond_dim)
         number = config.channels * math.prod(self.functions)
-        self.out = zero_init(nn.Linear(config.cond_dim, number))
+        self.out = zero_init(nn.Linear(config.cond_dim + 2, number))
 
     def forward(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
-        says = self.out(F.silu(self.log_snr(log_snr))).float()
+        # -log sigma^2 and -log alpha^2: an error that does not fall with the noise is one of them
+        ends = torch.stack([F.softplus(log_snr), F.softplus(-log_snr)], dim=-1)
+        says = self.out(torch.cat([F.silu(self.log_snr(log_snr)), ends], dim=-1)).float()
         says = says.unflatten(-1, (self.shape[0], *self.functions))
         t, h, w = (torch.arange(number, device=says.device) for number in self.functions)
         says = says / (1 + t[:, None, None] + h[:, None] + w)
