@@ -184,7 +184,7 @@ def test_the_corrector_mends_a_variance_that_is_too_large() -> None:
     assert off[1] < 0.7 * off[0]
 
 
-@pytest.mark.parametrize("number", [1, 2, 5, 20])
+@pytest.mark.parametrize("number", [2, 5, 20])
 def test_the_right_fractions_sample_correlated_values_in_any_number_of_steps(number: int) -> None:
     """Values whose frequencies differ in variance: the best fraction is the variance of x0 given z
     over sigma^2. A fixed variance is off where the steps are few.
@@ -206,9 +206,12 @@ def test_the_right_fractions_sample_correlated_values_in_any_number_of_steps(num
     z, *noises = torch.randn(number + 1, 200_000, 4, generator=draw)
     steps = sampler_steps(CosineSchedule(-12.0, 12.0), number)
     found = to_frequencies(ancestral(denoise, z, steps, lambda i: noises[i], fraction))
-    torch.testing.assert_close(found.std(0), deviation, rtol=0.01, atol=0)
+    # the last step returns the mean of what is left open
+    left = 1 / (1 / deviation.square() + steps[-2].exp())
+    wanted = (deviation.square() - left).sqrt()
+    torch.testing.assert_close(found.std(0), wanted, rtol=0.01, atol=0)
     fixed = to_frequencies(ancestral(denoise, z, steps, lambda i: noises[i], 0.5))
-    assert (fixed.std(0) / deviation - 1).abs().max() > 0.05
+    assert (fixed.std(0) / wanted - 1).abs().max() > 0.05
 
 
 def test_ddim_with_eta_1_is_the_ancestral_sampler_with_gamma_0() -> None:

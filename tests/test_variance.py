@@ -426,7 +426,7 @@ def test_the_network_says_prediction_and_fraction():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_ancestral_sampling_takes_the_learned_fractions(scale):
-    """Next to nothing everywhere is gamma 0; and else the last step adds the noise of its error."""
+    """Next to nothing everywhere is gamma 0."""
     torch.manual_seed(0)
     net = awake(Unet3D(LEARNED, 24, 12))
     nn.init.zeros_(net.variance.out.weight)

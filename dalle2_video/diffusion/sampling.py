@@ -92,7 +92,7 @@ def ancestral(
 
     gamma interpolates the log of the variance between its lower (0) and upper (1) bound. As a
     function, it is the learned fraction of each frequency (variance.py), which interpolates the
-    variance itself; then the last step samples as well, x0 with the noise of its error.
+    variance itself.
     corrector: step size of the Langevin step after each predictor step (their appendix; 0.1 there),
     which costs a second evaluation; it draws noise(num_steps + i).
     """
@@ -108,8 +108,6 @@ def ancestral(
         if callable(gamma):
             fraction, fresh = gamma(), to_frequencies(noise(i))
             z.add_(from_frequencies(fresh * (lower + fraction * (upper - lower)).sqrt()))
-            if i == last:
-                x0 = x0 + from_frequencies(fresh * fraction.sqrt() * sigma_t)
         else:
             variance = (lower.log() * (1 - gamma) + upper.log() * gamma).exp()
             z.addcmul_(noise(i), variance.sqrt())

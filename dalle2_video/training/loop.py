@@ -121,7 +121,8 @@ class _Trainer:
             autocast_forward(stage.model, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.shards = shards_of(accelerator, self.model)
-        self.clipped = clip_groups(accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        unwrapped = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self.clipped = clip_groups(cast(nn.Module, unwrapped))
         halflife = cfg.ema_halflife_clips
         self.ema = Ema(self.shards, halflife, cfg.ema_rampup) if halflife else None
         self.checkpoints = Checkpoints(
