@@ -173,7 +173,7 @@ def cells() -> dict[str, Cell]:
             key = f"search_{where}_{lr:g}_{'clip' if clip else 'free'}_{name}"
             grid[key] = Cell(RECIPES[name], lr, clip, "fp32", **kind)
     for precision, name in itertools.product(("fp32", "bf16"), ("fixed", "naive", "ours")):
-        seeds = 20 if precision == "fp32" or name == "ours" else 5
+        seeds = 20 if name == "ours" else 5
         key = f"stress_hard_{precision}_{name}"
         grid[key] = Cell(RECIPES[name], 1e-2, None, precision, "x0", 300, seeds)
     for name in RECIPES:

@@ -18,6 +18,7 @@ benchmarks/results/learned_variance_demo.json.
 import argparse
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -26,14 +27,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks.learned_variance_figures import IMAGES, half_width, plt, save
 from benchmarks.sampling import Judge
 from dalle2_video.checkpoint import load_model
 from dalle2_video.data.atomic import write_json
+from dalle2_video.data.video import to_float
+from dalle2_video.diffusion.frequencies import to_frequencies
+from dalle2_video.diffusion.parameterization import to_x0
+from dalle2_video.diffusion.schedule import alpha_sigma
+from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.models.unet3d import Condition
 from dalle2_video.training.conditions import load_conditions
 from dalle2_video.training.decoder import UnetSection, decoder_stage
 from dalle2_video.training.loop import train as fit_loop
@@ -160,6 +168,43 @@ def draw() -> None:
     save(figure, IMAGES / "learned_variance_demo.png")
 
 
+@torch.no_grad()
+def draw_spectrum(data: str) -> None:
+    """The errors of the first network on val by frequency, at three noise levels, beside what it
+    has learned of them; frequencies in the order of what it has learned, in groups.
+    """
+    judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 64)
+    base, clip = judge.cascade.stages[0], judge.cascade.clip
+    model, video = base.unet.config, clip.config.video
+    text = judge.cascade.encode(judge.captions.lines)
+    view = to_float(judge.captions.frames, video.num_frames, video.image_size)
+    embedding = clip.encode_video(view)
+    condition = Condition.of(embedding, text.states, text.place, text.embedding)
+    x0 = to_float(judge.captions.frames, model.num_frames, model.image_size)
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    for colour, value in zip(("C0", "C1", "C2"), (-6.0, 0.0, 4.0), strict=True):
+        log_snr = torch.full((len(x0),), value)
+        alpha, sigma = (float(one[0]) for one in alpha_sigma(log_snr))
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        z = alpha * x0 + sigma * noise
+        prediction, raw = split_output(base.unet(z, log_snr, condition), model.channels)
+        error = to_x0(base.diffusion.prediction, prediction, z, log_snr).clamp(-1, 1) - x0
+        found = (to_frequencies(error) / sigma).square().mean(0).flatten()
+        assert raw is not None
+        learned, order = fraction_of(raw[0]).flatten().sort(descending=True)
+        ends = torch.logspace(0, math.log10(len(order)), 30).long().unique().tolist()
+        groups = [slice(a, b) for a, b in itertools.pairwise([0, *ends])]
+        rank = [(part.start + part.stop) / 2 + 0.5 for part in groups]
+        axis.loglog(rank, [float(found[order[part]].mean()) for part in groups], "o", color=colour)
+        axis.loglog(rank, [float(learned[part].mean()) for part in groups], color=colour)
+        mean = float(found.mean())
+        axis.axhline(mean, color=colour, linestyle=":", label=f"log-SNR {value:g}: mean {mean:.3f}")
+    axis.set(xlabel="frequencies, the strongest first", ylabel="squared error / sigma^2")
+    axis.set_title("errors by frequency (dots) and the learned fractions (lines)")
+    axis.legend()
+    save(figure, IMAGES / "learned_variance_spectrum.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -181,6 +226,7 @@ def main() -> None:
         sample(seeds, given.data)
     else:
         draw()
+        draw_spectrum(given.data)
 
 
 if __name__ == "__main__":
