@@ -128,7 +128,7 @@ def sample(seeds: Sequence[int], data: str) -> None:
 
 def draw() -> None:
     """Means over the seeds, and how much less the learned one has than each fixed one."""
-    runs = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("[0-9].json"))]
+    runs = [json.loads((FOLDER / f"{seed}.json").read_text()) for seed in SEEDS]
     figures: dict[str, float] = {"seeds": len(runs)}
     kinds = [f"{f}_{n}" for f in ("frechet", "accuracy") for n in STEPS] + ["bits_per_dimension"]
     for kind in kinds:
@@ -174,6 +174,7 @@ def draw_spectrum(data: str) -> None:
     has learned of them; frequencies in the order of what it has learned, in groups.
     """
     judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 64)
+    judge.cascade.device = torch.device("cpu")  # a moment's work
     base, clip = judge.cascade.stages[0], judge.cascade.clip
     model, video = base.unet.config, clip.config.video
     text = judge.cascade.encode(judge.captions.lines)

@@ -181,6 +181,10 @@ def test_empty_texts_are_refused_and_long_ones_split(cascade) -> None:
         ("unets.tsr.window=3", "window 3 must be a multiple of 2"),
         ("unets.base.window=4", "window 4: the network needs the whole clip"),
         ("unets.base.crop=16", "crop 16: the network needs the whole clip"),
+        (
+            "unets.base.crop=16 unets.base.model.learned_variance=true",
+            "crop 16: learned_variance needs the whole clip",
+        ),
         ("unets.tsr.images=2", "images 2: a single frame has no frames between"),
         ("unets.tsr.augmentation=null", "augmentation belongs to"),
         ("unets.base.augmentation=[1,2]", "augmentation belongs to"),
@@ -196,7 +200,7 @@ def test_empty_texts_are_refused_and_long_ones_split(cascade) -> None:
 def test_settings_that_cannot_be(configure, run_dir, override: str, message: str) -> None:  # noqa: F811
     unet = override.split(".")[1] if override.startswith("unets") else "tsr"
     with pytest.raises(ConfigError, match=message):
-        train(unet, configure(override))
+        train(unet, configure(*override.split()))
 
 
 def test_pixels_are_trained_with_images_too(configure, run_dir) -> None:  # noqa: F811

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from benchmarks.learned_variance import RECIPES, Divergence, network, unconditional
+from dalle2_video import keyed
 from dalle2_video.data.video import to_float
 from dalle2_video.diffusion.frequencies import from_frequencies, to_frequencies
 from dalle2_video.diffusion.objective import (
@@ -19,11 +20,14 @@ from dalle2_video.diffusion.objective import (
     per_sample_loss,
     variance_loss,
 )
+from dalle2_video.diffusion.parameterization import to_x0
+from dalle2_video.diffusion.sampling import ancestral
 from dalle2_video.diffusion.schedule import (
     CosineSchedule,
     LinearSchedule,
     ZeroTerminalSchedule,
     alpha_sigma,
+    sampler_steps,
 )
 from dalle2_video.diffusion.variance import (
     BIN,
@@ -425,31 +429,49 @@ def test_the_network_says_prediction_and_fraction():
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_ancestral_sampling_takes_the_learned_fractions(scale):
-    """Next to nothing everywhere is gamma 0."""
+def test_ancestral_sampling_takes_the_fractions_of_its_step(scale):
+    """Against the sampler by hand, in the same noise."""
     torch.manual_seed(0)
-    net = awake(Unet3D(LEARNED, 24, 12))
-    nn.init.zeros_(net.variance.out.weight)
-    nn.init.zeros_(net.variance.out.bias)
-    constant = net.variance.out.bias.data.view(3, *net.variance.functions)[:, 0, 0, 0]
-    constant.fill_(-RAW_LIMIT)
+    net = awake(Unet3D(LEARNED, 24, 12)).requires_grad_(False)
+    nn.init.normal_(net.variance.out.weight, std=0.1)
     _, _, condition = inputs()
     how = ClipSampling(sampler="ancestral", steps=4, guidance_scale=scale)
-    counters = torch.arange(2)
+    counters, config, now = torch.arange(2), DiffusionConfig(), torch.zeros(1)
 
-    def sampled(unet, model, how):
-        with torch.no_grad():
-            return sample_clips(unet, model, DiffusionConfig(), condition, counters, how, 0)
+    def network(z, log_snr, given):
+        prediction, _ = split_output(net(z, log_snr, given), 3)
+        return to_x0("v", prediction, z, log_snr)
 
-    plain = Unet3D(SMALL, 24, 12).eval()
-    state = {k: v for k, v in net.state_dict().items() if not k.startswith("variance")}
-    plain.load_state_dict(state)
-    lowest = sampled(plain, SMALL, dataclasses.replace(how, gamma=0.0))
-    torch.testing.assert_close(sampled(net, LEARNED, how), lowest, atol=0.01, rtol=0)
-    constant.fill_(0.0)
-    assert (sampled(net, LEARNED, how) - lowest).abs().max() > 0.1
-    fixed = sampled(net, LEARNED, dataclasses.replace(how, gamma=0.0))
-    torch.testing.assert_close(fixed, lowest)
+    def denoise(z, log_snr):
+        nonlocal now
+        now, plain = log_snr, network(z, log_snr, condition.dropped())
+        return (plain + scale * (network(z, log_snr, condition) - plain)).clamp(-1, 1)
+
+    def noise(i):
+        return keyed.randn(LEARNED.clip_shape, 0, counters, f"sample/{i}", "cpu")
+
+    def fraction():
+        return fraction_of(net.variance(now, 2, LEARNED.num_frames, 0))
+
+    start = keyed.randn(LEARNED.clip_shape, 0, counters, "sample", "cpu")
+    steps = sampler_steps(config.schedule, 4)
+    wanted = ancestral(denoise, start, steps, noise, fraction)
+    found = sample_clips(net, LEARNED, config, condition, counters, how, 0)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    fixed = dataclasses.replace(how, gamma=0.5)
+    other = sample_clips(net, LEARNED, config, condition, counters, fixed, 0)
+    assert (found - other).abs().max() > 0.01
+
+
+def test_fractions_are_said_in_float32_under_autocast():
+    torch.manual_seed(0)
+    head = Unet3D(LEARNED, 24, 12).variance
+    nn.init.normal_(head.out.weight)
+    with torch.no_grad():
+        wanted = head(torch.tensor([-3.0, 2.0]), 2, 4, 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = head(torch.tensor([-3.0, 2.0]), 2, 4, 0)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("frames", [4, 2])

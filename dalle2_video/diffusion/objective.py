@@ -34,7 +34,7 @@ from dalle2_video.diffusion.variance import RAW_LIMIT, fraction_of, learned_term
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
-VARIANCE_WEIGHT = 0.05  # on the gradient, so that the loop's clipping hardly feels it
+VARIANCE_WEIGHT = 0.05  # on the gradient: DeepSpeed, which clips all together, hardly feels it
 VARIANCE_LIMIT = 4.0  # times what fractions that are far too high say
 
 
@@ -113,9 +113,9 @@ def variance_loss(
     all terms. It teaches the fraction alone: the prediction is detached, clipped as in sampling.
 
     Deviation: its gradient at `raw` is 1 - f* / f, f* the squared error over sigma^2. That is the
-    term's but for the factor (k f / (1 + k f))^2 / 2, k the bounds' relative distance, which leaves
-    the best fraction where it is and would let the last steps alone teach it
-    (docs/learned_variance.md). A clip's gradient is limited in the mean of its absolute values.
+    term's (but in the last step) over the factor (k f / (1 + k f))^2 / 2, k the bounds' relative
+    distance, which would let the last steps alone teach the fraction (docs/learned_variance.md). A
+    clip's gradient is limited in the mean of its absolute values.
     """
     estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
     estimate, raw = estimate.clamp(-1, 1), raw.float()

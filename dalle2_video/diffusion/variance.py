@@ -30,7 +30,7 @@ from dalle2_video.diffusion.schedule import Schedule, alpha_sigma
 
 BIN = 2 / 255  # between neighbouring 8-bit values
 BITS = 1 / math.log(2)
-RAW_LIMIT = 12.0  # fractions from 3e-6 to 8e4
+RAW_LIMIT = 16.0  # fractions from 6e-8 to 4e6
 
 
 class ReverseStep(NamedTuple):

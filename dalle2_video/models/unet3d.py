@@ -393,9 +393,13 @@ class VarianceSpectrum(nn.Module):
         self.out = zero_init(nn.Linear(config.cond_dim + 2, number))
 
     def forward(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
+        with torch.autocast(log_snr.device.type, enabled=False):  # bf16 has 3 digits
+            return self._fractions(log_snr.float(), batch, frames, images)
+
+    def _fractions(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
         # -log sigma^2 and -log alpha^2: an error that does not fall with the noise is one of them
         ends = torch.stack([F.softplus(log_snr), F.softplus(-log_snr)], dim=-1)
-        says = self.out(torch.cat([F.silu(self.log_snr(log_snr)), ends], dim=-1)).float()
+        says = self.out(torch.cat([F.silu(self.log_snr(log_snr)), ends], dim=-1))
         says = says.unflatten(-1, (self.shape[0], *self.functions))
         t, h, w = (torch.arange(number, device=says.device) for number in self.functions)
         says = says / (1 + t[:, None, None] + h[:, None] + w)

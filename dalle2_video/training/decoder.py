@@ -97,6 +97,8 @@ class UnetSection:
             raise ValueError(f"image_only must be in [0, 1], not {self.image_only}")
         if self.image_only and not self.images:
             raise ValueError(f"image_only {self.image_only} needs images, which is 0")
+        if self.model.learned_variance and self.crop is not None:
+            raise ValueError(f"crop {self.crop}: learned_variance needs the whole clip")
         self._check_super_resolution()
 
     def _check_super_resolution(self) -> None:

@@ -405,10 +405,10 @@ def clip_groups(model: nn.Module) -> list[list[nn.Parameter]]:
     in `apart`, which must not shrink the steps of the others, come second.
     """
     apart = tuple(f"{name}." for name in getattr(model, "apart", ()))
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rest = [p for name, p in named if not name.startswith(apart)]
     own = [p for name, p in named if name.startswith(apart)]
-    return [rest, own] if own else [rest]
+    return [part for part in (rest, own) if part]
 
 
 def _same_start(model: nn.Module, accelerator: Accelerator) -> None:
