@@ -348,7 +348,7 @@ def test_every_step_learns_its_best_fraction_and_all_in_the_same_time(schedule):
         loss = variance_loss(config, guess, raw, noised, t, x0)
         (gradient,) = torch.autograd.grad(loss.sum(), raw)
         with torch.no_grad():
-            raw -= 10.0 * gradient
+            raw -= 0.5 / VARIANCE_WEIGHT * gradient
     torch.testing.assert_close(fraction_of(raw.detach()), best / 16, rtol=0.01, atol=0)
     found = fraction_of(raw.detach())
     step = reverse_step(config.schedule, t, config.variance_steps)

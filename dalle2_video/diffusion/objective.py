@@ -34,7 +34,7 @@ from dalle2_video.diffusion.variance import RAW_LIMIT, fraction_of, learned_term
 
 Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
-VARIANCE_WEIGHT = 0.05  # on the gradient: DeepSpeed, which clips all together, hardly feels it
+VARIANCE_WEIGHT = 0.001  # on the gradient: DeepSpeed, which clips all together, must not feel it
 VARIANCE_LIMIT = 4.0  # times what fractions that are far too high say
 
 
