@@ -185,7 +185,7 @@ def cells() -> dict[str, Cell]:
             grid[key] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
     for name in ("x0", "v"):
         grid[f"worth_{name}"] = Cell(
-            RECIPES["ours"], 3e-3, 1.0, "fp32", name, 2000, 5, batch=8, quality=True
+            RECIPES["ours"], 3e-3, 1.0, "fp32", name, 600, 5, batch=8, quality=True
         )
     return grid
 

@@ -36,7 +36,11 @@ JOBS = {
     "joint": ("base", JOINT),
     "tsr": ("tsr", ["unets.tsr.model.residual=0", "unets.tsr.diffusion.prediction=v"]),
     "ssr": ("ssr", []),
-    "variance": ("base", ["unets.base.model.learned_variance=true"]),
+    # DeepSpeed clips its layers with all others, the loop apart
+    "variance": (
+        "base",
+        ["unets.base.model.learned_variance=true", "unets.base.train.grad_clip=null"],
+    ),
 }
 ALL = list(JOBS)
 JOBS["short"] = ("base", ["unets.base.train.clips=48", "unets.base.train.save_every_clips=48"])
