@@ -102,8 +102,13 @@ def summary(runs: list[dict]) -> dict[str, float]:
 
 def against(runs: list[dict], fixed: list[dict]) -> dict[str, float]:
     """L_simple on val over that of fixed variance, in pairs of runs of one seed that were both
-    judged, and the quantile of the gradient norm over its.
+    judged, and the quantile of the gradient norm over its, of the same seeds.
     """
+
+    def norm_999(these: list[dict], those: list[dict]) -> float:
+        seeds = {run["seed"] for run in those}
+        return summary([run for run in these if run["seed"] in seeds])["norm_both_999"]
+
     base = {run["seed"]: run["val_simple"] for run in fixed if "val_simple" in run}
     pairs = [
         run["val_simple"] / base[run["seed"]]
@@ -115,7 +120,7 @@ def against(runs: list[dict], fixed: list[dict]) -> dict[str, float]:
         "pairs": len(ratio),
         "val_simple_over_fixed": ratio.mean() if len(ratio) else math.nan,
         "val_simple_over_fixed_half_width": half_width(ratio) if len(ratio) else math.nan,
-        "norm_999_over_fixed": summary(runs)["norm_both_999"] / summary(fixed)["norm_both_999"],
+        "norm_999_over_fixed": norm_999(runs, fixed) / norm_999(fixed, runs),
     }
     return {name: round(float(v), 6) for name, v in figures.items() if math.isfinite(v)}
 
