@@ -34,7 +34,7 @@ from benchmarks.learned_variance_figures import IMAGES, half_width, plt, save
 from benchmarks.sampling import Judge
 from dalle2_video.checkpoint import load_model
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.video import to_float
+from dalle2_video.data.video import to_float, to_uint8
 from dalle2_video.diffusion.frequencies import to_frequencies
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
@@ -42,6 +42,7 @@ from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.models.unet3d import Condition
+from dalle2_video.sampling import ClipSampling, sample_clips
 from dalle2_video.training.conditions import load_conditions
 from dalle2_video.training.decoder import UnetSection, decoder_stage
 from dalle2_video.training.loop import train as fit_loop
@@ -154,12 +155,33 @@ def summarise() -> None:
 
 
 @torch.no_grad()
+def draw_samples(data: str) -> None:
+    """Six clips of val, and the first network's samples of their captions in 25 steps."""
+    judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 6, "cpu")
+    base, (condition, counters) = judge.cascade.stages[0], judge.conditions[0]
+    model = base.unet.config
+    rows = [to_uint8(to_float(judge.captions.frames, model.num_frames, model.image_size))]
+    for gamma in (0.0, 1.0, None):
+        how = ClipSampling(sampler="ancestral", steps=25, gamma=gamma)
+        clips = sample_clips(base.unet, model, base.diffusion, condition, counters, how, SEEDS[0])
+        rows.append(to_uint8(clips))
+    sheet = np.concatenate(
+        [np.concatenate([clip[f].numpy() for clip in row for f in (0, 4, 7)], 1) for row in rows]
+    )
+    figure, axis = plt.subplots(figsize=(12, 3))
+    axis.imshow(sheet, interpolation="nearest")
+    places = model.image_size * (np.arange(len(rows)) + 0.5)
+    axis.set_yticks(places, ["clip", "beta~", "beta", "learned"])
+    axis.set_xticks([])
+    save(figure, IMAGES / "learned_variance_samples.png")
+
+
+@torch.no_grad()
 def draw_spectrum(data: str) -> None:
     """The errors of the first network on val by frequency, at three noise levels, beside what it
     has learned of them; frequencies in the order of what it has learned, in groups.
     """
-    judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 64)
-    judge.cascade.device = torch.device("cpu")  # a moment's work
+    judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 64, "cpu")
     base, clip = judge.cascade.stages[0], judge.cascade.clip
     model, video = base.unet.config, clip.config.video
     text = judge.cascade.encode(judge.captions.lines)
@@ -213,6 +235,7 @@ def main() -> None:
     else:
         summarise()
         draw_spectrum(given.data)
+        draw_samples(given.data)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,13 @@ CURVE_STEPS = (5, 10, 20, 50, 100)
 class Judge:
     """A run, the captions of a split with their conditions, and what real clips look like."""
 
-    def __init__(self, run_dir: str, data: str, split: str, clips: int) -> None:
+    def __init__(
+        self, run_dir: str, data: str, split: str, clips: int, device: str | None = None
+    ) -> None:
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
             cfg = compose("config", [f"data.root={data}"])
         self.base = sample_config(cfg)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.cascade, self.probe = Cascade.load(run_dir, device), load_probe()
         policy = CaptionPolicy(drop=False)
         dataset = CelebVTextDataset(store_of(cfg), split, 0, policy, first_windows=True)
