@@ -286,8 +286,11 @@ def train(cell: Cell, seed: int, clips: torch.Tensor, device: str = "cpu") -> Tr
     }
     not_finite: int | None = None
     for i in range(cell.steps):
+        rate = cell.lr * min(1.0, (i + 1) / 30)
+        if cell.quality:  # what is judged in full falls to zero, as in the training loop
+            rate *= 0.5 * (1 + math.cos(math.pi * i / cell.steps))
         for group in optimizer.param_groups:
-            group["lr"] = cell.lr * min(1.0, (i + 1) / 30)
+            group["lr"] = rate
         rows = torch.randint(len(clips), (cell.batch,), generator=data)
         x0, (t, weight) = to_float(clips[rows], FRAMES, SIDE), times.draw(cell.batch)
         t = on_grid(t, diffusion.variance_steps)
