@@ -22,6 +22,7 @@ clipped. `ours`, that of `learned_variance=true`, learns the fraction of each fr
 noise level alone, by a gradient of the same size at every step, and is clipped on its own.
 Times are those of T = 1000 steps, in x4000 of 4000. Unlike the training loop, which skips it, a
 step with a gradient that is not finite is made, so that what breaks is seen; the first is noted.
+In the cells of worth_, which are sampled as well, the learning rate falls to zero.
 """
 
 import argparse
@@ -505,8 +506,7 @@ def run_samples(names: str, data_root: Path, device: str, part: int, parts: int)
         for seed in range(cell.seeds if cell.quality and name.startswith(names) else 0)
     ][part::parts]
     runs = [one for one in runs if same_cell(*one[:2])]
-    order = sorted(STEPS, key=lambda steps: steps != 25)
-    for steps, (path, cell, seed) in tqdm(list(itertools.product(order, runs)), dynamic_ncols=True):
+    for steps, (path, cell, seed) in tqdm(list(itertools.product(STEPS, runs)), dynamic_ncols=True):
         facts = json.loads(path.read_text())
         if f"frechet_{steps}_learned" in facts:
             continue

@@ -88,7 +88,6 @@ def fit(seeds: Sequence[int], clips: int, data: str, overrides: list[str]) -> No
         conditions = load_conditions(cfg.run_dir, store_of(cfg), seed, section.captions, True)
         stage = decoder_stage("base", section, conditions, sample_config(cfg), seed)
         state = load_model(plain / "base" / "model.safetensors", "base").state
-        state = {name: x for name, x in state.items() if not name.startswith("variance.")}
         stage.model.load_state_dict(stage.model.state_dict() | state)
         for name, parameter in stage.model.named_parameters():
             parameter.requires_grad_(name.startswith("variance."))

@@ -44,6 +44,7 @@ from dalle2_video.models.layers import (
     space_to_channels,
     zero_init,
 )
+from dalle2_video.models.spectrum import VarianceSpectrum
 from dalle2_video.models.whitening import Examples, Whitening
 
 FRAME_DIM = 32  # sines and cosines of a frame's place in the clip
@@ -365,61 +366,6 @@ class Block(nn.Module):
         return x if self.cross is None else self.cross(x, tokens, mask, images)
 
 
-def smooth_basis(number: int, length: int, whole: int, device: torch.device) -> Tensor:
-    """Functions (number, length) of the frequencies of so many values, out of `whole`: cosines over
-    the logarithm of the frequency.
-    """
-    frequency = torch.arange(length, device=device) * (whole / length)
-    place = torch.log1p(frequency) / math.log(max(whole, 2))
-    return torch.cos(math.pi * torch.arange(number, device=device)[:, None] * place)
-
-
-class VarianceSpectrum(nn.Module):
-    """log-SNR (I,) -> raw fractions (B, C, F + J, H, W) of a clip's frequencies, and of its images'
-    (diffusion/variance.py).
-
-    They are the same for all clips of a noise level, a smooth function of the frequencies for each
-    channel's: 4 x 6 x 6 cosines, of which the finer count less. A table of all frequencies would
-    explain the errors of a network hardly better (docs/learned_variance.md).
-    """
-
-    functions = (4, 6, 6)
-
-    def __init__(self, config: UnetConfig) -> None:
-        super().__init__()
-        self.shape = config.channels, config.num_frames, config.image_size, config.image_size
-        self.log_snr = LogSNREmbedding(config.cond_dim)
-        number = config.channels * math.prod(self.functions)
-        self.out = zero_init(nn.Linear(config.cond_dim + 2, number))
-
-    def forward(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
-        with torch.autocast(log_snr.device.type, enabled=False):  # bf16 has 3 digits
-            return self._fractions(log_snr.float(), batch, frames, images)
-
-    def _fractions(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
-        # -log sigma^2 and -log alpha^2: an error that does not fall with the noise is one of them
-        ends = torch.stack([F.softplus(log_snr), F.softplus(-log_snr)], dim=-1)
-        says = self.out(torch.cat([F.silu(self.log_snr(log_snr)), ends], dim=-1))
-        says = says.unflatten(-1, (self.shape[0], *self.functions))
-        t, h, w = (torch.arange(number, device=says.device) for number in self.functions)
-        says = says / (1 + t[:, None, None] + h[:, None] + w)
-        for axis in (1, 2):  # pixels
-            length = self.shape[axis + 1]
-            basis = smooth_basis(self.functions[axis], length, length, says.device)
-            says = (says.movedim(axis + 2, -1) @ basis).movedim(-1, axis + 2)
-        clips, parts = len(says) - batch * images, []
-        number, whole = self.functions[0], self.shape[1]
-        if clips:
-            basis = smooth_basis(number, frames, whole, says.device)
-            parts.append(torch.einsum("bcthw,tf->bcfhw", says[:clips], basis))
-        if images:  # the mean fraction over the frequencies of frames
-            basis = smooth_basis(number, whole, whole, says.device)
-            raw = torch.einsum("bcthw,tf->bcfhw", says[clips:], basis)
-            alone = torch.logsumexp(raw, dim=2) - math.log(whole)
-            parts.append(alone.unflatten(0, (batch, images)).transpose(1, 2))
-        return torch.cat(parts, dim=2)
-
-
 class Unet3D(nn.Module):
     """Noisy clip, log-SNR and condition -> prediction of the clip's shape.
 
@@ -469,7 +415,8 @@ class Unet3D(nn.Module):
                 self.upsample.append(Upsample(dims[level], dims[level - 1]))
         self.norm = AdaptiveNorm(dims[0], config.cond_dim)
         self.out = zero_init(SpatialConv(dims[0], patch_dim))
-        self.variance = VarianceSpectrum(config) if config.learned_variance else None
+        learned = config.learned_variance
+        self.variance = VarianceSpectrum(config.clip_shape, config.cond_dim) if learned else None
 
     def _run(self, block: nn.Module, *inputs: Tensor | int) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
