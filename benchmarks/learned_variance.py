@@ -152,7 +152,7 @@ DIFFUSIONS = {
     "v20": DiffusionConfig(log_snr_min=-20, log_snr_max=20),
     "eps": DiffusionConfig(prediction="eps", loss="eps"),
 }
-GAMMAS = {"lower": 0.0, "middle": 0.5, "upper": 1.0}
+GAMMAS = {"lower": 0.0, "upper": 1.0}
 NUMBERS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 999)
 RATES = (3e-3, 1e-2, 3e-2)
 

@@ -37,3 +37,15 @@ def from_frequencies(x: Tensor) -> Tensor:
         matrix = cosines(x.shape[axis], x.device)
         x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
     return x
+
+
+@lru_cache(maxsize=64)
+def octave_weights(shape: torch.Size, device: torch.device) -> Tensor:
+    """Weights (C, ...) of the frequencies of such a clip, 1 / (1 + k) along every axis but the
+    channels', of sum 1: every octave counts alike, the lowest frequency as much as one of them.
+    """
+    weights = torch.ones(shape, device=device)
+    for axis, number in enumerate(shape[1:], start=1):
+        falls = 1 / (1 + torch.arange(number, device=device))
+        weights *= falls.view(-1, *[1] * (len(shape) - 1 - axis))
+    return weights / weights.sum()

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dalle2_video.diffusion.frequencies import to_frequencies
+from dalle2_video.diffusion.frequencies import octave_weights, to_frequencies
 from dalle2_video.diffusion.parameterization import (
     PREDICTIONS,
     Prediction,
@@ -114,8 +114,9 @@ def variance_loss(
 
     Deviation: its gradient at `raw` is 1 - f* / f, f* the squared error over sigma^2. That is the
     term's (but in the last step) over the factor (k f / (1 + k f))^2 / 2, k the bounds' relative
-    distance, which would let the last steps alone teach the fraction (docs/learned_variance.md). A
-    clip's gradient is limited in the mean of its absolute values.
+    distance, which would let the last steps alone teach the fraction, and every octave of the
+    frequencies counts alike, or the lowest would not be learned (docs/learned_variance.md). A
+    clip's gradient is limited in the weighted mean of its absolute values.
     """
     estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
     estimate, raw = estimate.clamp(-1, 1), raw.float()
@@ -126,7 +127,7 @@ def variance_loss(
         return bits
     _, sigma = alpha_sigma(noised.log_snr)
     best = (to_frequencies(x0 - estimate) / expand(sigma, x0)).square()
-    off = (1 - best / fraction) / raw[0].numel()
+    off = (1 - best / fraction) * octave_weights(raw.shape[1:], raw.device)
     off = off.masked_fill((raw.abs() >= RAW_LIMIT) & (raw * off < 0), 0.0)  # out of its range
     size = off.abs().flatten(1).sum(1)
     off = off * expand((VARIANCE_LIMIT / size).clamp(max=1), raw)
