@@ -7,7 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from benchmarks.learned_variance import RECIPES
-from dalle2_video.diffusion.frequencies import from_frequencies, to_frequencies
+from dalle2_video.diffusion.frequencies import from_frequencies, octave_weights, to_frequencies
 from dalle2_video.diffusion.objective import (
     VARIANCE_LIMIT,
     VARIANCE_WEIGHT,
@@ -169,6 +169,17 @@ def test_frequencies_are_an_orthonormal_basis():
     assert to_frequencies(wave).flatten(0, 3).abs().argmax() == 3
 
 
+def test_every_octave_of_the_frequencies_weighs_alike():
+    """Along each axis, and so the lowest, one of 8,192, is a 45th of all of a channel."""
+    weights = octave_weights(torch.Size([3, 8, 32, 32]), torch.device("cpu"))
+    assert float(weights.sum()) == pytest.approx(1, rel=1e-5)
+    assert (weights[0] == weights[2]).all()
+    for axis, number in ((1, 8), (2, 32), (3, 32)):
+        share = weights.movedim(axis, 0).flatten(1).sum(1)
+        torch.testing.assert_close(share / share[0], 1 / (1 + torch.arange(float(number))))
+    assert 1 / 50 < float(3 * weights[0, 0, 0, 0]) < 1 / 40
+
+
 def test_the_learned_term_is_a_divergence_of_correlated_distributions():
     """Against torch's, with whole covariance matrices in pixels."""
     step = reverse_step(CosineSchedule(), torch.tensor([0.3]), 50)
@@ -210,32 +221,35 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_gradient_is_that_of_the_term_over_a_factor(schedule):
-    """(k f / (1 + k f))^2 / 2, where k f is the variance beyond beta~, in units of it."""
+    """(k f / (1 + k f))^2 / 2, where k f is the variance beyond beta~, in units of it; and by the
+    weights of the frequencies.
+    """
     config = DiffusionConfig(prediction="x0", **SCHEDULES[schedule])
     t = on_grid(torch.tensor([0.01, 0.03, 0.3, 0.6]), config.variance_steps)
-    x0, number = torch.zeros(4, 8), 8
-    noised = add_noise(config, x0, t, torch.randn(4, 8))
+    x0 = torch.zeros(4, 1, 2, 2, 4)
+    noised = add_noise(config, x0, t, torch.randn(x0.shape))
     torch.manual_seed(0)
-    _, sigma = alpha_sigma(noised.log_snr)
-    guess = 0.3 * sigma[:, None] * torch.randn(4, 8)
-    raw = torch.randn(4, 8, requires_grad=True)
+    _, sigma = (one.view(4, 1, 1, 1, 1) for one in alpha_sigma(noised.log_snr))
+    guess = 0.3 * sigma * torch.randn(x0.shape)
+    raw = torch.randn(x0.shape, requires_grad=True)
     loss = variance_loss(config, guess, raw, noised, t, x0)
     (found,) = torch.autograd.grad(loss.sum(), raw)
     raw = raw.detach().double().requires_grad_()
     fraction = fraction_of(raw)
-    best = (to_frequencies(guess.clamp(-1, 1)).double() / sigma[:, None]).square()
+    best = (to_frequencies(guess.clamp(-1, 1)).double() / sigma).square()
     step = reverse_step(config.schedule, t, config.variance_steps)
     after, now = step.after.double(), step.now.double()
-    k = torch.expm1(torch.log1p(after.exp()) - torch.log1p(now.exp()))[:, None]
+    k = torch.expm1(torch.log1p(after.exp()) - torch.log1p(now.exp())).view(4, 1, 1, 1, 1)
     # the divergence's mean part is k f* in units of beta~, for a step of this length exactly
     terms = 0.5 * (torch.log1p(k * fraction) + (k * best - k * fraction) / (1 + k * fraction))
-    (of_term,) = torch.autograd.grad(terms.sum() / number, raw)
+    weighted = terms * octave_weights(x0.shape[1:], x0.device)
+    (of_term,) = torch.autograd.grad(weighted.sum(), raw)
     factor = (k * fraction / (1 + k * fraction)).square() / 2
     wanted = VARIANCE_WEIGHT * of_term / factor.detach()
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-7)
     bits = learned_term(step, guess, fraction.detach().float(), x0)
     torch.testing.assert_close(
-        bits.double(), terms.detach().mean(1) / math.log(2), rtol=1e-2, atol=1e-9
+        bits.double(), terms.detach().flatten(1).mean(1) / math.log(2), rtol=1e-2, atol=1e-9
     )
     scale = config.variance_steps / 1000
     torch.testing.assert_close(loss.detach(), scale * bits)
