@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.learned_variance import (
     FOLDER,
-    GAMMAS,
     RESULTS,
     ROOT,
     STEPS,
@@ -89,10 +88,11 @@ def summary(runs: list[dict]) -> dict[str, float]:
             figures[name] = values.mean()
             figures[f"{name}_half_width"] = half_width(values)
             if name.endswith("_learned"):
-                for other in GAMMAS:
-                    if name.removesuffix("learned") + other not in judged[0]:
+                kind = name.removesuffix("learned")
+                for other in ("lower", "middle", "upper"):
+                    if kind + other not in judged[0]:
                         continue
-                    base = [run[name.removesuffix("learned") + other] for run in judged]
+                    base = [run[kind + other] for run in judged]
                     less = np.array(base) - values
                     figures[f"{name}_less_than_{other}"] = less.mean()
                     figures[f"{name}_less_than_{other}_half_width"] = half_width(less)
@@ -230,14 +230,15 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
         for i, (name, colour) in enumerate(colours.items()):
             less = [run[f"bits_{name}"] - run["bits_lower"] for run in runs]
             above.scatter(less, [i] * len(runs), color=colour)
-            if all(f"frechet_{n}_{name}" in run for run in runs for n in STEPS):
+            steps = [n for n in STEPS if all(f"frechet_{n}_{name}" in run for run in runs)]
+            if steps:  # others are still to come
                 values = np.array(
                     [
-                        [run[f"frechet_{n}_{name}"] - run[f"frechet_{n}_lower"] for n in STEPS]
+                        [run[f"frechet_{n}_{name}"] - run[f"frechet_{n}_lower"] for n in steps]
                         for run in runs
                     ]
                 )
-                places = np.array(STEPS) * (0.96 + 0.04 * i)
+                places = np.array(steps) * (0.96 + 0.04 * i)
                 below.errorbar(
                     places, values.mean(0), half_width(values), label=name, capsize=3, color=colour
                 )
