@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks.learned_variance_figures import IMAGES, half_width, plt, save
+from benchmarks.learned_variance_figures import IMAGES, draw_clips, half_width, plt, save
 from benchmarks.sampling import Judge
 from dalle2_video.checkpoint import load_model
 from dalle2_video.data.atomic import write_json
@@ -164,15 +164,7 @@ def draw_samples(data: str) -> None:
         how = ClipSampling(sampler="ancestral", steps=25, gamma=gamma)
         clips = sample_clips(base.unet, model, base.diffusion, condition, counters, how, SEEDS[0])
         rows.append(to_uint8(clips))
-    sheet = np.concatenate(
-        [np.concatenate([clip[f].numpy() for clip in row for f in (0, 4, 7)], 1) for row in rows]
-    )
-    figure, axis = plt.subplots(figsize=(12, 3))
-    axis.imshow(sheet, interpolation="nearest")
-    places = model.image_size * (np.arange(len(rows)) + 0.5)
-    axis.set_yticks(places, ["clip", "beta~", "beta", "learned"])
-    axis.set_xticks([])
-    save(figure, IMAGES / "learned_variance_samples.png")
+    draw_clips(rows, ["clip", "beta~", "beta", "learned"], IMAGES / "learned_variance_samples.png")
 
 
 @torch.no_grad()

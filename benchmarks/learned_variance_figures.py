@@ -18,7 +18,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 
 from benchmarks.learned_variance import (
     FOLDER,
@@ -27,7 +29,10 @@ from benchmarks.learned_variance import (
     STEPS,
     Divergence,
     cells,
+    embedded,
+    network,
     same_cell,
+    sample,
 )
 from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.provenance import provenance
@@ -251,6 +256,32 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
     save(figure, IMAGES / "learned_variance_worth.png")
 
 
+def draw_samples(data_root: Path) -> None:
+    """Clips of val, and what the first network of worth_x0 makes in 25 steps."""
+    cell = cells()["worth_x0"]
+    net = network(cell.recipe)
+    average = load_file(FOLDER / "worth_x0_0.safetensors")
+    net.load_state_dict(net.state_dict() | average)
+    _, held_out = embedded(data_root)
+    rows = [held_out[:6]]
+    for name in ("lower", "upper", "learned"):
+        rows.append(sample(net, cell, name, 25, 0, "cpu")[:6])
+    path = IMAGES / "learned_variance_small_samples.png"
+    draw_clips(rows, ["clips of val", "beta~", "beta", "learned"], path)
+
+
+def draw_clips(rows: list[torch.Tensor], names: list[str], path: Path) -> None:
+    """A picture of uint8 clips (N, F, H, W, 3), a row of each name: three frames of each clip."""
+    sheet = np.concatenate(
+        [np.concatenate([clip[f].numpy() for clip in row for f in (0, 4, 7)], 1) for row in rows]
+    )
+    figure, axis = plt.subplots(figsize=(12, 3))
+    axis.imshow(sheet, interpolation="nearest")
+    axis.set_yticks(rows[0].shape[2] * (np.arange(len(rows)) + 0.5), names)
+    axis.set_xticks([])
+    save(figure, path)
+
+
 def half_width(values: np.ndarray) -> np.ndarray:
     """Of the 95 % interval of the mean of values (seeds, ...), by Student's t."""
     if len(values) < 2:
@@ -267,3 +298,5 @@ def save(figure: Figure, path: Path) -> None:
 
 if __name__ == "__main__":
     draw(read())
+    if (FOLDER / "worth_x0_0.safetensors").exists():
+        draw_samples(ROOT / "data" / "faces")
