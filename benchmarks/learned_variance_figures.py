@@ -230,6 +230,7 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
     """
     figure, axes = plt.subplots(2, len(cells), figsize=(10, 6), squeeze=False)
     colours = {"middle": "C1", "upper": "C2", "learned": "C3"}
+    labels = ["middle", "beta", "learned"]
     for column, (cell, runs) in enumerate(cells.items()):
         above, below = axes[:, column]
         for i, (name, colour) in enumerate(colours.items()):
@@ -245,14 +246,21 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
                 )
                 places = np.array(steps) * (0.96 + 0.04 * i)
                 below.errorbar(
-                    places, values.mean(0), half_width(values), label=name, capsize=3, color=colour
+                    places,
+                    values.mean(0),
+                    half_width(values),
+                    label=labels[i],
+                    capsize=3,
+                    color=colour,
                 )
-        above.set_yticks(range(len(colours)), ["middle", "beta", "learned"])
+        above.set_yticks(range(len(colours)), labels)
         above.set_xlabel("bits per dimension less those of beta~, by seed")
         above.set_title("prediction " + cell.removeprefix("worth_"))
         below.axhline(0, color="grey", linewidth=0.5)
         below.set(xscale="log", xlabel="ancestral steps", ylabel="Frechet distance less beta~'s")
-        below.legend()
+        below.set_xticks(STEPS, STEPS)
+        below.minorticks_off()
+        below.legend(loc="center right")
     save(figure, IMAGES / "learned_variance_worth.png")
 
 
