@@ -35,6 +35,7 @@ from benchmarks.learned_variance import (
     sample,
 )
 from dalle2_video.data.atomic import write_json
+from dalle2_video.evaluation.likelihood import FIXED
 from dalle2_video.evaluation.provenance import provenance
 
 IMAGES = ROOT / "docs" / "images"
@@ -94,7 +95,7 @@ def summary(runs: list[dict]) -> dict[str, float]:
             figures[f"{name}_half_width"] = half_width(values)
             if name.endswith("_learned"):
                 kind = name.removesuffix("learned")
-                for other in ("lower", "middle", "upper"):
+                for other in FIXED:
                     if kind + other not in judged[0]:
                         continue
                     base = [run[kind + other] for run in judged]
@@ -154,12 +155,12 @@ def draw(found: dict[str, list[dict]]) -> None:
         if fixed in found and fixed != name:
             figures[name] |= against(runs, found[fixed])
         print(f"{name:40}", figures[name])
-    commits = {run["commit"] for runs in found.values() for run in runs}
     path = RESULTS / "learned_variance.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    commits |= set(before.get("commits", ()))
     kept = {name: value for name, value in before.items() if name in (*cells(), "values")}
-    write_json(path, kept | figures | provenance() | {"commits": sorted(commits)})
+    commits = {name: sorted({run["commit"] for run in runs}) for name, runs in found.items()}
+    commits = {name: of for name, of in before["commits"].items() if name in kept} | commits
+    write_json(path, kept | figures | provenance() | {"commits": commits})
     stress = {name.removeprefix("stress_"): runs for name, runs in found.items()}
     stress = {name: runs for name, runs in stress.items() if name.startswith(("usual", "hard"))}
     if all(f"{where}_fp32_{name}" in stress for where in ("usual", "hard") for name in SHOWN):
@@ -273,7 +274,7 @@ def draw_samples(data_root: Path) -> None:
     _, held_out = embedded(data_root)
     rows = [held_out[:6]]
     for name in ("lower", "upper", "learned"):
-        rows.append(sample(net, cell, name, 25, 0, "cpu")[:6])
+        rows.append(sample(net, cell, name, 25, 0, "cpu", len(rows[0])))
     path = IMAGES / "learned_variance_small_samples.png"
     draw_clips(rows, ["clips of val", "beta~", "beta", "learned"], path)
 
@@ -307,4 +308,4 @@ def save(figure: Figure, path: Path) -> None:
 if __name__ == "__main__":
     draw(read())
     if (FOLDER / "worth_x0_0.safetensors").exists():
-        draw_samples(ROOT / "data" / "faces")
+        draw_samples(Path("data/faces"))

@@ -257,18 +257,19 @@ def test_the_gradient_is_that_of_the_term_over_a_factor(schedule):
         assert torch.equal(variance_loss(config, guess, raw.float(), noised, t, x0), loss)
 
 
-def test_the_gradient_of_a_clip_is_limited_and_ends_where_the_range_does():
-    config = DiffusionConfig(prediction="x0")
-    x0, t = torch.zeros(3, 4), torch.tensor([0.001, 0.2, 0.2])
-    noised = add_noise(config, x0, t, torch.randn(3, 4))
-    guess = torch.tensor([0.5, 0.0, 1.0])[:, None].expand(3, 4)
-    start = torch.tensor([0.0, -RAW_LIMIT - 1, RAW_LIMIT + 1])[:, None].expand(3, 4)
-    raw = start.clone().requires_grad_()
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_gradient_of_a_clip_is_limited_and_ends_where_the_range_does(frames):
+    config, shape = DiffusionConfig(prediction="x0"), (3, 2, frames, 2, 4)
+    x0, t = torch.zeros(shape), torch.tensor([0.001, 0.2, 0.2])
+    noised = add_noise(config, x0, t, torch.randn(shape))
+    guess = torch.tensor([0.5, 0.0, 1.0]).view(3, 1, 1, 1, 1).expand(shape)
+    start = torch.tensor([0.0, -RAW_LIMIT - 1, RAW_LIMIT + 1]).view(3, 1, 1, 1, 1)
+    raw = start.expand(shape).clone().requires_grad_()
     loss = variance_loss(config, guess, raw, noised, t, x0)
     (gradient,) = torch.autograd.grad(loss.sum(), raw)
     # of the first, whose error is immense: all of it is in the lowest frequency
     assert float(gradient[0].abs().sum()) == pytest.approx(VARIANCE_WEIGHT * VARIANCE_LIMIT)
-    assert gradient[0, 0] < 0 and gradient[0].abs().argmax() == 0
+    assert gradient[0].flatten()[0] < 0 and gradient[0].abs().argmax() == 0
     assert (gradient[1] == 0).all()  # no error: further down, but there it ends
     assert (gradient[2] > 0).all()  # far too high: back
 

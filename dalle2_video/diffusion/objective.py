@@ -112,11 +112,11 @@ def variance_loss(
     Its value is one term of T, in bits per dimension, times T / 1000: their 0.001 is of the sum of
     all terms. It teaches the fraction alone: the prediction is detached, clipped as in sampling.
 
-    Deviation: its gradient at `raw` is 1 - f* / f, f* the squared error over sigma^2. That is the
-    term's (but in the last step) over the factor (k f / (1 + k f))^2 / 2, k the bounds' relative
-    distance, which would let the last steps alone teach the fraction, and every octave of the
-    frequencies counts alike, or the lowest would not be learned (docs/learned_variance.md). A
-    clip's gradient is limited in the weighted mean of its absolute values.
+    Deviation: its gradient at `raw` is w (1 - f* / f) times VARIANCE_WEIGHT, f* the squared error
+    over sigma^2. Without w that is the term's (but in the last step) over (k f / (1 + k f))^2 / 2,
+    k the bounds' relative distance, which would let the last steps alone teach the fraction; w are
+    the `octave_weights` of the frequencies, or the lowest would be far off. A clip's gradient is
+    limited in the sum of its absolute values (docs/learned_variance.md).
     """
     estimate = to_x0(config.prediction, prediction.detach().float(), noised.z, noised.log_snr)
     estimate, raw = estimate.clamp(-1, 1), raw.float()
