@@ -2,7 +2,7 @@
 
     python -m benchmarks.learned_variance run            # the grid; again goes on where it was
     python -m benchmarks.learned_variance run --cells search --part 1/2   # one of two processes
-    python -m benchmarks.learned_variance sample --device cuda   # samples of the networks of worth_
+    python -m benchmarks.learned_variance sample --device cuda   # samples of worth_ and long_
     python -m benchmarks.learned_variance anatomy        # the term's gradient, by step
     python -m benchmarks.learned_variance_figures        # figures and pictures of what has been run
 
@@ -23,7 +23,7 @@ noise level alone, by a gradient of the same size at every step and octave, and 
 own.
 Times are those of T = 1000 steps, in x4000 of 4000. Unlike the training loop, which skips it, a
 step with a gradient that is not finite is made, so that what breaks is seen; the first is noted.
-In the cells of worth_, which are sampled as well, the learning rate falls to zero.
+In the cells of worth_ and long_, which are sampled as well, the learning rate falls to zero.
 """
 
 import argparse
@@ -185,9 +185,9 @@ def cells() -> dict[str, Cell]:
         else:
             key = f"stress_hard_fp32_{name}"
             grid[key] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
-    for name in ("x0", "v"):
-        grid[f"worth_{name}"] = Cell(
-            RECIPES["ours"], 3e-3, 1.0, "fp32", name, 600, 5, batch=8, quality=True
+    for name, where, steps in (("worth", "x0", 600), ("worth", "v", 600), ("long", "x0", 2000)):
+        grid[f"{name}_{where}"] = Cell(
+            RECIPES["ours"], 3e-3, 1.0, "fp32", where, steps, 5, batch=8, quality=True
         )
     return grid
 

@@ -168,8 +168,8 @@ def draw(found: dict[str, list[dict]]) -> None:
         draw_gradients(stress)
     if (path := RESULTS / "learned_variance_anatomy.json").exists():
         draw_anatomy(json.loads(path.read_text()))
-    worth = {name: found[name] for name in ("worth_x0", "worth_v") if name in found}
-    if len(worth) == 2:
+    worth = {name: found[name] for name in ("worth_x0", "long_x0", "worth_v") if name in found}
+    if {"worth_x0", "worth_v"} <= worth.keys():
         draw_worth(worth)
 
 
@@ -229,7 +229,7 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
     """Bits per dimension, and samples by the number of steps, both less those of beta~ with the
     same seed; bars are 95 % over seeds.
     """
-    figure, axes = plt.subplots(2, len(cells), figsize=(10, 6), squeeze=False)
+    figure, axes = plt.subplots(2, len(cells), figsize=(4.5 * len(cells), 6), squeeze=False)
     colours = {"middle": "C1", "upper": "C2", "learned": "C3"}
     labels = ["middle", "beta", "learned"]
     for column, (cell, runs) in enumerate(cells.items()):
@@ -256,7 +256,7 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
                 )
         above.set_yticks(range(len(colours)), labels)
         above.set_xlabel("bits per dimension less those of beta~, by seed")
-        above.set_title("prediction " + cell.removeprefix("worth_"))
+        above.set_title(f"prediction {cell.split('_')[1]}, {runs[0]['steps']:,} steps")
         below.axhline(0, color="grey", linewidth=0.5)
         below.set(xscale="log", xlabel="ancestral steps", ylabel="Frechet distance less beta~'s")
         below.set_xticks(STEPS, STEPS)
