@@ -159,7 +159,7 @@ def draw(found: dict[str, list[dict]]) -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     kept = {name: value for name, value in before.items() if name in (*cells(), "values")}
     commits = {name: sorted({run["commit"] for run in runs}) for name, runs in found.items()}
-    commits = {name: of for name, of in before["commits"].items() if name in kept} | commits
+    commits = {name: of for name, of in before.get("commits", {}).items() if name in kept} | commits
     write_json(path, kept | figures | provenance() | {"commits": commits})
     stress = {name.removeprefix("stress_"): runs for name, runs in found.items()}
     stress = {name: runs for name, runs in stress.items() if name.startswith(("usual", "hard"))}
