@@ -255,13 +255,14 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
                     color=colour,
                 )
         above.set_yticks(range(len(colours)), labels)
+        above.locator_params(axis="x", nbins=5)
         above.set_xlabel("bits per dimension less those of beta~, by seed")
         above.set_title(f"prediction {cell.split('_')[1]}, {runs[0]['steps']:,} steps")
         below.axhline(0, color="grey", linewidth=0.5)
         below.set(xscale="log", xlabel="ancestral steps", ylabel="Frechet distance less beta~'s")
         below.set_xticks(STEPS, STEPS)
         below.minorticks_off()
-        below.legend(loc="center right")
+        below.legend(loc="lower right")
     save(figure, IMAGES / "learned_variance_worth.png")
 
 
