@@ -185,9 +185,13 @@ def cells() -> dict[str, Cell]:
         else:
             key = f"stress_hard_fp32_{name}"
             grid[key] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
-    for name, where, steps in (("worth", "x0", 600), ("worth", "v", 600), ("long", "x0", 2000)):
+    for name, where, steps, seeds in (
+        ("worth", "x0", 600, 10),  # from 5 on they were not seen when the recipe was chosen
+        ("worth", "v", 600, 10),
+        ("long", "x0", 2000, 5),
+    ):
         grid[f"{name}_{where}"] = Cell(
-            RECIPES["ours"], 3e-3, 1.0, "fp32", where, steps, 5, batch=8, quality=True
+            RECIPES["ours"], 3e-3, 1.0, "fp32", where, steps, seeds, batch=8, quality=True
         )
     return grid
 
