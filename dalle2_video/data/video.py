@@ -268,7 +268,8 @@ def encode_mp4(
     pix_fmt: str = "yuv420p",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes uint8 RGB (F, H, W, 3) as H.264, tagged BT.709 and limited range.
+    """Writes uint8 RGB (F, H, W, 3) as H.264, tagged BT.709 and limited range; the same bytes for
+    the same frames.
 
     H and W must be even with 4:2:0 chroma (yuv420p), or ValueError. A path is written under a
     temporary name in its folder and renamed when whole; a binary file object is written in place.
@@ -302,7 +303,9 @@ def _encode(
         container.metadata.update(metadata or {})
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
-        stream.options = {"crf": str(crf), "preset": preset}
+        # x264's macroblock tree reads memory that it has not written, in frames of few pixels:
+        # without it, the same frames always make the same bytes.
+        stream.options = {"crf": str(crf), "preset": preset, "mbtree": "0"}
         context = stream.codec_context
         context.thread_count = 1
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
