@@ -2,7 +2,7 @@
 
     python -m benchmarks.learned_variance run            # the grid; again goes on where it was
     python -m benchmarks.learned_variance run --cells search --part 1/2   # one of two processes
-    python -m benchmarks.learned_variance sample --device cuda   # samples of worth_ and long_
+    python -m benchmarks.learned_variance sample --device cuda   # of worth_, fresh_, long_
     python -m benchmarks.learned_variance anatomy        # the term's gradient, by step
     python -m benchmarks.learned_variance_figures        # figures and pictures of what has been run
 
@@ -23,7 +23,8 @@ noise level alone, by a gradient of the same size at every step and octave, and 
 own.
 Times are those of T = 1000 steps, in x4000 of 4000. Unlike the training loop, which skips it, a
 step with a gradient that is not finite is made, so that what breaks is seen; the first is noted.
-In the cells of worth_ and long_, which are sampled as well, the learning rate falls to zero.
+In the cells of worth_, fresh_ and long_, which are sampled as well, the learning rate falls to
+zero. Those of fresh_ are worth_ with seeds that no choice of the recipe has seen.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -78,6 +79,7 @@ from dalle2_video.training.setup import store_of
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "learned_variance"
 RESULTS = ROOT / "benchmarks" / "results"
+NETWORK = ".safetensors"
 FRAMES, SIDE, BINS, STEPS = 8, 32, 20, (10, 25, 50, 250)
 MODEL = UnetConfig(
     image_size=SIDE, num_frames=FRAMES, patch=4, dim=32, mults=(1, 2), blocks=1, head_dim=32,
@@ -128,6 +130,17 @@ class Cell:
     batch: int = 4
     quality: bool = False
     optimizer: str = "adamw"  # adamw | muon
+    first: int = 0  # seed
+
+    def has_settings_of(self, facts: dict) -> bool:
+        """Whether a run's facts are of these settings; how many runs there are is none."""
+        mine = {k: v for k, v in asdict(self).items() if k not in ("seeds", "first")}
+        return all(facts.get(name) == value for name, value in mine.items())
+
+    @property
+    def numbers(self) -> range:
+        """The seeds."""
+        return range(self.first, self.first + self.seeds)
 
 
 NAIVE = Recipe()
@@ -185,14 +198,11 @@ def cells() -> dict[str, Cell]:
         else:
             key = f"stress_hard_fp32_{name}"
             grid[key] = Cell(RECIPES[name], 1e-2, None, "fp32", "x0", 300, 5)
-    for name, where, steps, seeds in (
-        ("worth", "x0", 600, 10),  # from 5 on they were not seen when the recipe was chosen
-        ("worth", "v", 600, 10),
-        ("long", "x0", 2000, 5),
-    ):
-        grid[f"{name}_{where}"] = Cell(
-            RECIPES["ours"], 3e-3, 1.0, "fp32", where, steps, seeds, batch=8, quality=True
-        )
+    judged = Cell(RECIPES["ours"], 3e-3, 1.0, "fp32", "x0", 600, 5, batch=8, quality=True)
+    for where in ("x0", "v"):
+        grid[f"worth_{where}"] = replace(judged, diffusion=where)
+        grid[f"fresh_{where}"] = replace(judged, diffusion=where, first=5)
+    grid["long_x0"] = replace(judged, steps=2000)
     return grid
 
 
@@ -464,19 +474,16 @@ def embedded(data_root: Path) -> Iterator[torch.Tensor]:
 
 def same_cell(path: Path, cell: Cell) -> bool:
     """Whether a run of this cell is there; one of other settings is run again."""
-    if not path.exists():
-        return False
-    facts = json.loads(path.read_text())
-    return all(facts.get(name) == value for name, value in asdict(cell).items() if name != "seeds")
+    return path.exists() and cell.has_settings_of(json.loads(path.read_text()))
 
 
 def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None:
     """Every (cell, seed) of the cells whose names begin so that has no file yet."""
     wanted = [
         (name, cell, seed)
-        for seed in range(max(cell.seeds for cell in cells().values()))
+        for seed in range(max(cell.numbers.stop for cell in cells().values()))
         for name, cell in cells().items()
-        if name.startswith(names) and seed < cell.seeds
+        if name.startswith(names) and seed in cell.numbers
     ]
     todo = [
         (name, cell, seed)
@@ -494,13 +501,15 @@ def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None
         if trained.facts["diverged_at"] is None and not name.startswith("search"):
             facts |= judge(trained, cell, held_out, device)
             if cell.quality:
-                save_file(trained.average, FOLDER / f"{name}_{seed}.safetensors")
+                save_file(trained.average, FOLDER / f"{name}_{seed}{NETWORK}")
         write_json(FOLDER / f"{name}_{seed}.json", facts | provenance())
 
 
-def run_samples(names: str, data_root: Path, device: str, part: int, parts: int) -> None:
-    """Frechet distances of samples of the trained networks to clips of train, by the probe's
-    features; added to the files of the runs.
+def run_samples(
+    names: str, data_root: Path, device: str, part: int, parts: int, numbers: Sequence[int] = STEPS
+) -> None:
+    """Frechet distances of samples of the networks that are there, in so many steps, to clips of
+    train, by the probe's features; added to the files of the runs.
     """
     probe, features = load_probe().network, FOLDER / "real.safetensors"
     if not features.exists():
@@ -513,15 +522,17 @@ def run_samples(names: str, data_root: Path, device: str, part: int, parts: int)
     runs = [
         (FOLDER / f"{name}_{seed}.json", cell, seed)
         for name, cell in cells().items()
-        for seed in range(cell.seeds if cell.quality and name.startswith(names) else 0)
-    ][part::parts]
-    runs = [one for one in runs if same_cell(*one[:2])]
-    for steps, (path, cell, seed) in tqdm(list(itertools.product(STEPS, runs)), dynamic_ncols=True):
+        for seed in cell.numbers
+        if cell.quality and name.startswith(names)
+    ]
+    runs = [one for one in runs if same_cell(*one[:2]) and one[0].with_suffix(NETWORK).exists()]
+    todo = list(itertools.product(numbers, runs[part::parts]))
+    for steps, (path, cell, seed) in tqdm(todo, dynamic_ncols=True):
         facts = json.loads(path.read_text())
         if f"frechet_{steps}_learned" in facts:
             continue
         net = network(cell.recipe)
-        net.load_state_dict(net.state_dict() | load_file(path.with_suffix(".safetensors")))
+        net.load_state_dict(net.state_dict() | load_file(path.with_suffix(NETWORK)))
         net.to(device)
         for name in (*GAMMAS, "learned"):
             with torch.no_grad():
@@ -564,14 +575,17 @@ def main() -> None:
     parser.add_argument("--cells", default="", help="those whose names begin so")
     parser.add_argument("--data", type=Path, default=Path("data/faces"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of sampling")
     parser.add_argument("--part", default="1/1", help="of the runs, for several processes")
     given = parser.parse_args()
     if given.what == "anatomy":
         anatomy(given.data)
         return
     part, parts = map(int, given.part.split("/"))
-    work = run if given.what == "run" else run_samples
-    work(given.cells, given.data, given.device, part - 1, parts)
+    if given.what == "run":
+        run(given.cells, given.data, given.device, part - 1, parts)
+    else:
+        run_samples(given.cells, given.data, given.device, part - 1, parts, given.steps)
 
 
 if __name__ == "__main__":

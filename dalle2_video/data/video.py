@@ -324,7 +324,7 @@ def _encode(
         container.mux(stream.encode())
 
 
-STORED = {"crf": 8, "preset": "veryfast", "pix_fmt": "yuv444p"}  # docs/data.md: PSNR, size, time
+STORED = {"crf": 10, "preset": "veryfast", "pix_fmt": "yuv444p"}  # docs/data.md: PSNR, size, time
 
 
 def encode_window(frames: np.ndarray, fps: float) -> np.ndarray:
