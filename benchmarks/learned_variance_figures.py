@@ -43,6 +43,11 @@ STUDENT = (  # by degrees of freedom, 95 %
     math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
     2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
 )  # fmt: skip
+SAMPLED = {
+    "x0, 600 steps": ("worth_x0", "fresh_x0"),
+    "x0, 2,000 steps": ("long_x0",),
+    "v, 600 steps": ("worth_v", "fresh_v"),
+}
 SHOWN = {"naive": "C1", "fixed": "C0", "ours": "C2"}
 
 
@@ -168,9 +173,10 @@ def draw(found: dict[str, list[dict]]) -> None:
         draw_gradients(stress)
     if (path := RESULTS / "learned_variance_anatomy.json").exists():
         draw_anatomy(json.loads(path.read_text()))
-    worth = {name: found[name] for name in ("worth_x0", "long_x0", "worth_v") if name in found}
-    if {"worth_x0", "worth_v"} <= worth.keys():
-        draw_worth(worth)
+    if all(name in found for names in SAMPLED.values() for name in names):
+        draw_worth(
+            {title: [r for n in names for r in found[n]] for title, names in SAMPLED.items()}
+        )
 
 
 def draw_recipes(stress: dict[str, list[dict]]) -> None:
@@ -225,31 +231,32 @@ def draw_gradients(stress: dict[str, list[dict]]) -> None:
     save(figure, IMAGES / "learned_variance_gradients.png")
 
 
-def draw_worth(cells: dict[str, list[dict]]) -> None:
+def draw_worth(sampled: dict[str, list[dict]]) -> None:
     """Bits per dimension, and samples by the number of steps, both less those of beta~ with the
-    same seed; bars are 95 % over seeds.
+    same seed; bars are 95 % over the seeds that were sampled with so many steps.
     """
-    figure, axes = plt.subplots(2, len(cells), figsize=(4.5 * len(cells), 6), squeeze=False)
+    figure, axes = plt.subplots(2, len(sampled), figsize=(4 * len(sampled), 6), squeeze=False)
     colours = {"middle": "C1", "upper": "C2", "learned": "C3"}
     labels = ["middle", "beta", "learned"]
-    for column, (cell, runs) in enumerate(cells.items()):
+    for column, (title, runs) in enumerate(sampled.items()):
         above, below = axes[:, column]
         for i, (name, colour) in enumerate(colours.items()):
             less = [run[f"bits_{name}"] - run["bits_lower"] for run in runs]
             above.scatter(less, [i] * len(runs), color=colour)
-            steps = [n for n in STEPS if all(f"frechet_{n}_{name}" in run for run in runs)]
-            if steps:  # others are still to come
-                values = np.array(
-                    [
-                        [run[f"frechet_{n}_{name}"] - run[f"frechet_{n}_lower"] for n in steps]
-                        for run in runs
-                    ]
-                )
-                places = np.array(steps) * (0.96 + 0.04 * i)
+            steps, values = [], []
+            for n in STEPS:
+                some = [run for run in runs if f"frechet_{n}_{name}" in run]
+                if some:
+                    steps.append(n * (0.96 + 0.04 * i))
+                    kind = f"frechet_{n}_"
+                    values.append(
+                        np.array([run[kind + name] - run[kind + "lower"] for run in some])
+                    )
+            if steps:
                 below.errorbar(
-                    places,
-                    values.mean(0),
-                    half_width(values),
+                    steps,
+                    [less.mean() for less in values],
+                    [half_width(less) for less in values],
                     label=labels[i],
                     capsize=3,
                     color=colour,
@@ -257,7 +264,7 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
         above.set_yticks(range(len(colours)), labels)
         above.locator_params(axis="x", nbins=5)
         above.set_xlabel("bits per dimension less those of beta~, by seed")
-        above.set_title(f"prediction {cell.split('_')[1]}, {runs[0]['steps']:,} steps")
+        above.set_title(f"prediction {title}")
         below.axhline(0, color="grey", linewidth=0.5)
         below.set(xscale="log", xlabel="ancestral steps", ylabel="Frechet distance less beta~'s")
         below.set_xticks(STEPS, STEPS)
@@ -267,10 +274,10 @@ def draw_worth(cells: dict[str, list[dict]]) -> None:
 
 
 def draw_samples(data_root: Path) -> None:
-    """Clips of val, and what the first network of worth_x0 makes in 25 steps."""
-    cell = cells()["worth_x0"]
+    """Clips of val, and what the first network of long_x0 makes in 25 steps."""
+    cell = cells()["long_x0"]
     net = network(cell.recipe)
-    average = load_file(FOLDER / "worth_x0_0.safetensors")
+    average = load_file(FOLDER / "long_x0_0.safetensors")
     net.load_state_dict(net.state_dict() | average)
     _, held_out = embedded(data_root)
     rows = [held_out[:6]]
@@ -308,5 +315,5 @@ def save(figure: Figure, path: Path) -> None:
 
 if __name__ == "__main__":
     draw(read())
-    if (FOLDER / "worth_x0_0.safetensors").exists():
+    if (FOLDER / "long_x0_0.safetensors").exists():
         draw_samples(Path("data/faces"))
