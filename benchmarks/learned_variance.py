@@ -528,17 +528,17 @@ def run_samples(
     runs = [one for one in runs if same_cell(*one[:2]) and one[0].with_suffix(NETWORK).exists()]
     todo = list(itertools.product(numbers, runs[part::parts]))
     for steps, (path, cell, seed) in tqdm(todo, dynamic_ncols=True):
-        facts = json.loads(path.read_text())
-        if f"frechet_{steps}_learned" in facts:
+        if f"frechet_{steps}_learned" in json.loads(path.read_text()):
             continue
+        found = {"sampled_on": provenance()["hardware"]}
         net = network(cell.recipe)
         net.load_state_dict(net.state_dict() | load_file(path.with_suffix(NETWORK)))
         net.to(device)
         for name in (*GAMMAS, "learned"):
             with torch.no_grad():
                 made = probe.features(sample(net, cell, name, steps, seed, device)).cpu()
-            facts[f"frechet_{steps}_{name}"] = frechet_distance(made, real)
-        write_json(path, facts | {"sampled_on": provenance()["hardware"]})
+            found[f"frechet_{steps}_{name}"] = frechet_distance(made, real)
+        write_json(path, json.loads(path.read_text()) | found)  # another process may have written
 
 
 def anatomy(data_root: Path) -> None:
