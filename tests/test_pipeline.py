@@ -226,6 +226,20 @@ def test_a_learned_variance_trains_resumes_samples_and_is_judged(configure, run_
     assert Cascade.load(folder).sample(["a man smiles"], ancestral).shape == (1, 8, 32, 32, 3)
 
 
+def test_a_learned_variance_in_joint_training(configure, run_dir, joint_dir) -> None:
+    learned = "unets.base.model.learned_variance=true"
+    cfg = configure(*JOINT, learned, run="joint_variance")
+    folder = Path(cfg.run_dir)
+    shutil.copytree(run_dir / "clip", folder / "clip")
+    train_decoder.main(cfg)
+    lines, plain = (read_metrics(f / "base" / "metrics.jsonl") for f in (folder, joint_dir))
+    for what in ("loss_clips", "loss_images"):
+        ours, without = ([one[what] for one in part if what in one] for part in (lines, plain))
+        assert ours and ours == pytest.approx(without, rel=0.05)  # its times are on the grid of T
+    variance = [line["loss_variance"] for line in lines if "loss_variance" in line]
+    assert variance and all(0 < bits < 1e6 for bits in variance)
+
+
 def test_compile_is_refused_where_weights_are_split(configure, run_dir, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="compile is for one process or DDP"):
