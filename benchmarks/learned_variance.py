@@ -132,11 +132,6 @@ class Cell:
     optimizer: str = "adamw"  # adamw | muon
     first: int = 0  # seed
 
-    def has_settings_of(self, facts: dict) -> bool:
-        """Whether a run's facts are of these settings; how many runs there are is none."""
-        mine = {k: v for k, v in asdict(self).items() if k not in ("seeds", "first")}
-        return all(facts.get(name) == value for name, value in mine.items())
-
     @property
     def numbers(self) -> range:
         """The seeds."""
@@ -474,7 +469,10 @@ def embedded(data_root: Path) -> Iterator[torch.Tensor]:
 
 def same_cell(path: Path, cell: Cell) -> bool:
     """Whether a run of this cell is there; one of other settings is run again."""
-    return path.exists() and cell.has_settings_of(json.loads(path.read_text()))
+    if not path.exists():
+        return False
+    facts, settings = json.loads(path.read_text()), asdict(cell)
+    return all(facts.get(name) == settings[name] for name in settings.keys() - {"seeds", "first"})
 
 
 def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None:
