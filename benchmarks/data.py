@@ -345,6 +345,7 @@ def bench_storage(real: Path, out: Path, rounds: int) -> dict:
         error = frames["raw"].astype(np.float32) - frames["h264"]
         psnr = 10 * np.log10(255**2 / np.square(error).mean((1, 2, 3, 4)))
         figures[f"h264_16_frames_{size}_px_lowest_psnr_decibels"] = float(psnr.min())
+        figures[f"h264_16_frames_{size}_px_mean_psnr_decibels"] = float(psnr.mean())
         figures["clips"] = len(psnr)
     return figures
 

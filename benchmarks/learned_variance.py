@@ -133,8 +133,8 @@ class Cell:
     first: int = 0  # seed
 
     @property
-    def numbers(self) -> range:
-        """The seeds."""
+    def all_seeds(self) -> range:
+        """One for each run."""
         return range(self.first, self.first + self.seeds)
 
 
@@ -479,9 +479,9 @@ def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None
     """Every (cell, seed) of the cells whose names begin so that has no file yet."""
     wanted = [
         (name, cell, seed)
-        for seed in range(max(cell.numbers.stop for cell in cells().values()))
+        for seed in range(max(cell.all_seeds.stop for cell in cells().values()))
         for name, cell in cells().items()
-        if name.startswith(names) and seed in cell.numbers
+        if name.startswith(names) and seed in cell.all_seeds
     ]
     todo = [
         (name, cell, seed)
@@ -504,7 +504,7 @@ def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None
 
 
 def run_samples(
-    names: str, data_root: Path, device: str, part: int, parts: int, numbers: Sequence[int] = STEPS
+    names: str, data_root: Path, device: str, part: int, parts: int, lengths: Sequence[int] = STEPS
 ) -> None:
     """Frechet distances of samples of the networks that are there, in so many steps, to clips of
     train, by the probe's features; added to the files of the runs.
@@ -520,11 +520,11 @@ def run_samples(
     runs = [
         (FOLDER / f"{name}_{seed}.json", cell, seed)
         for name, cell in cells().items()
-        for seed in cell.numbers
+        for seed in cell.all_seeds
         if cell.quality and name.startswith(names)
     ]
     runs = [one for one in runs if same_cell(*one[:2]) and one[0].with_suffix(NETWORK).exists()]
-    todo = list(itertools.product(numbers, runs[part::parts]))
+    todo = list(itertools.product(lengths, runs[part::parts]))
     for steps, (path, cell, seed) in tqdm(todo, dynamic_ncols=True):
         if f"frechet_{steps}_learned" in json.loads(path.read_text()):
             continue

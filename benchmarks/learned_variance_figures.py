@@ -55,7 +55,7 @@ def read() -> dict[str, list[dict]]:
     """The runs of each cell."""
     found: dict[str, list[dict]] = {}
     for name, cell in cells().items():
-        paths = [FOLDER / f"{name}_{seed}.json" for seed in cell.numbers]
+        paths = [FOLDER / f"{name}_{seed}.json" for seed in cell.all_seeds]
         if runs := [json.loads(path.read_text()) for path in paths if same_cell(path, cell)]:
             found[name] = runs
     return found
