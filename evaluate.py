@@ -16,24 +16,24 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import CelebVTextDataset
-from dalle2_video.data.faces import read_attributes
-from dalle2_video.data.sheet import save_sheet
-from dalle2_video.data.video import encode_mp4
+from dalle2_video.data.media.sheet import save_sheet
+from dalle2_video.data.media.video import encode_mp4
+from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.evaluation.alignment import (
     EvaluateConfig,
     captions_of,
     evaluate_alignment,
     nearest_clips,
 )
-from dalle2_video.evaluation.attributes import load_probe
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import Cascade, sampling_bar
-from dalle2_video.training.setup import sample_config, store_of
-from dalle2_video.training.stage import from_config
+from dalle2_video.faces.probe import load_probe
+from dalle2_video.faces.writer import read_attributes
+from dalle2_video.pipeline.cascade import Cascade, sampling_bar
+from dalle2_video.stages.wiring import sample_config, store_of
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")

@@ -18,13 +18,14 @@ from omegaconf import DictConfig
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def main(cfg: DictConfig) -> None:
     # Worker processes import this file: what they do not need is imported here, not above.
-    from dalle2_video.data.archives import ArchiveError
-    from dalle2_video.data.check import check_store
+    from dalle2_video.config import from_config
     from dalle2_video.data.config import DataConfig
-    from dalle2_video.data.pool import WorkerLost
-    from dalle2_video.data.preprocess import preprocess
-    from dalle2_video.data.store import StoreError
-    from dalle2_video.training.stage import from_config
+    from dalle2_video.data.preprocess.check import check_store
+    from dalle2_video.data.preprocess.pool import WorkerLost
+    from dalle2_video.data.preprocess.run import preprocess
+    from dalle2_video.data.sources.archives import ArchiveError
+    from dalle2_video.data.store.store import StoreError
+    from dalle2_video.stages.wiring import render_faces
 
     config = from_config(DataConfig, cfg.data, "data")
     try:
@@ -32,6 +33,7 @@ def main(cfg: DictConfig) -> None:
             report = check_store(config)
             print(report)
             raise SystemExit(1 if report.problems else 0)
+        render_faces(cfg, config)
         print(preprocess(config, part=cfg.part, parts=cfg.parts))
     except (ArchiveError, StoreError, WorkerLost) as error:
         raise SystemExit(f"preprocess: {error}") from error

@@ -18,11 +18,11 @@ import hydra
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
 
-from dalle2_video.data.output import check_format, write_clip
-from dalle2_video.data.sheet import save_sheet
-from dalle2_video.generate import Cascade, read_texts, sampling_bar
-from dalle2_video.training.environment import process_state
-from dalle2_video.training.setup import quote_texts, sample_config
+from dalle2_video.data.media.output import check_format, write_clip
+from dalle2_video.data.media.sheet import save_sheet
+from dalle2_video.pipeline.cascade import Cascade, read_texts, sampling_bar
+from dalle2_video.stages.wiring import quote_texts, sample_config
+from dalle2_video.training.accelerator import process_state
 
 EXAMPLE = "A woman with long blond hair turns left and starts to smile. Warm light from the right."
 SHOWN = 32  # clips on the sheet

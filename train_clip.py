@@ -10,10 +10,10 @@ import hydra
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.training.clip import ClipSection, cache_embeddings, clip_stage
+from dalle2_video.config import from_config
+from dalle2_video.stages.video_clip import ClipSection, cache_embeddings, clip_stage
+from dalle2_video.stages.wiring import run_config, store_of
 from dalle2_video.training.loop import train
-from dalle2_video.training.setup import run_config, store_of
-from dalle2_video.training.stage import from_config
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")

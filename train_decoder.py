@@ -12,11 +12,11 @@ import hydra
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.training.conditions import load_conditions
-from dalle2_video.training.decoder import UnetSection, decoder_stage
+from dalle2_video.config import ConfigError, from_config
+from dalle2_video.stages.frozen_clip import load_conditions
+from dalle2_video.stages.unet import UnetSection, decoder_stage
+from dalle2_video.stages.wiring import run_config, sample_config, store_of
 from dalle2_video.training.loop import train
-from dalle2_video.training.setup import run_config, sample_config, store_of
-from dalle2_video.training.stage import ConfigError, from_config
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")

@@ -11,11 +11,11 @@ import hydra
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.training.conditions import load_conditions
+from dalle2_video.config import from_config
+from dalle2_video.stages.frozen_clip import load_conditions
+from dalle2_video.stages.prior import PriorSection, prior_stage
+from dalle2_video.stages.wiring import run_config, store_of
 from dalle2_video.training.loop import train
-from dalle2_video.training.prior import PriorSection, prior_stage
-from dalle2_video.training.setup import run_config, store_of
-from dalle2_video.training.stage import from_config
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")

@@ -44,17 +44,17 @@ import psutil
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from dalle2_video.data.archives import Member, find_sources
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CATEGORIES, CaptionPolicy, to_line
 from dalle2_video.data.config import DataConfig, open_store
-from dalle2_video.data.dataset import CelebVTextDataset, ClipOrder
-from dalle2_video.data.faces import FaceFormat, draw_clip, plan
-from dalle2_video.data.pool import WorkerPool
-from dalle2_video.data.preprocess import preprocess
-from dalle2_video.data.store import FORMAT, ClipStore, Settings, ShardWriter, shard_paths
-from dalle2_video.data.texts import write_texts
+from dalle2_video.data.preprocess.pool import WorkerPool
+from dalle2_video.data.preprocess.run import preprocess
+from dalle2_video.data.sources.archives import Member, find_sources
+from dalle2_video.data.sources.captions import CATEGORIES, CaptionPolicy, to_line
+from dalle2_video.data.store.dataset import CelebVTextDataset, ClipOrder
+from dalle2_video.data.store.store import FORMAT, ClipStore, Settings, ShardWriter, shard_paths
+from dalle2_video.data.store.texts import write_texts
 from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.faces.writer import FaceFormat, draw_clip, plan
 
 SETTINGS = Settings(8.0, 16, 64)
 RATE, SECONDS, SIDE, BITS = 25, 14, 512, 5_700_000
@@ -249,8 +249,8 @@ def bench_read(out: Path, batch: int, rounds: int) -> dict:
     warm, cold, plain, both = [], [], [], []
     for k in range(rounds):
         _read(path)
-        counters = range(k * 10_000, k * 10_000 + 8_000, batch)
-        batches = [[data.pointer(c) for c in range(n, n + batch)] for n in counters]
+        sample_ids = range(k * 10_000, k * 10_000 + 8_000, batch)
+        batches = [[data.pointer(c) for c in range(n, n + batch)] for n in sample_ids]
         begun = time.perf_counter()
         for pointers in batches:
             data.collate(pointers)
@@ -355,7 +355,7 @@ def bench_storage(real: Path, out: Path, rounds: int) -> dict:
 PREPROCESS = """
 import sys
 from benchmarks.data import config_of
-from dalle2_video.data.preprocess import preprocess
+from dalle2_video.data.preprocess.run import preprocess
 if __name__ == "__main__":
     preprocess(config_of(sys.argv[1], sys.argv[2], 2))
 """
@@ -363,9 +363,9 @@ READ = """
 import sys
 from itertools import islice
 from benchmarks.data import SPLITS
-from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import CelebVTextDataset, train_loader
-from dalle2_video.data.store import ClipStore
+from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.store.dataset import CelebVTextDataset, train_loader
+from dalle2_video.data.store.store import ClipStore
 data = CelebVTextDataset(ClipStore.open(sys.argv[2], SPLITS), "train", 0, CaptionPolicy())
 for _ in islice(train_loader(data, 50, workers=1), len(data) // 50):
     pass
@@ -429,7 +429,6 @@ def config_of(root: str, store: str, workers: int) -> DataConfig:
         workers=workers,
         seconds_per_clip=60,
         overwrite=False,
-        faces=None,
     )
 
 

@@ -22,17 +22,17 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.faces import read_attributes
-from dalle2_video.data.video import to_float, to_uint8
+from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.diffusion.parameterization import to_x0
-from dalle2_video.evaluation.attributes import load_probe, score, targets_of
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import load_unet
+from dalle2_video.faces.probe import load_probe, score, targets_of
+from dalle2_video.faces.writer import read_attributes
 from dalle2_video.models.unet3d import Condition
-from dalle2_video.sampling import SampleConfig, sample_clips
-from dalle2_video.training.conditions import TextEncoder, load_conditions
-from dalle2_video.training.setup import store_of
+from dalle2_video.pipeline.loading import load_unet
+from dalle2_video.pipeline.sampling import SampleConfig, sample_clips
+from dalle2_video.stages.frozen_clip import TextEncoder, load_conditions
+from dalle2_video.stages.wiring import store_of
 
 ROOT = Path(__file__).parents[1]
 LOG_SNRS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0)
@@ -74,8 +74,8 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
     config, samples = SampleConfig(steps=steps), []
     for start in range(0, len(x0), 32):
         part = Condition(*(tensor[start : start + 32] for tensor in condition))
-        counters = batch.counters[start : start + 32]
-        video = sample_clips(unet, model, diffusion, part, counters, config, config.seed)
+        sample_ids = batch.sample_ids[start : start + 32]
+        video = sample_clips(unet, model, diffusion, part, sample_ids, config, config.seed)
         samples.append(to_uint8(video))
     attributes = read_attributes(Path(data) / "attributes.jsonl")
     truth = targets_of([attributes[p.key.rsplit(":", 1)[0]] for p in pointers])

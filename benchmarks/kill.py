@@ -18,17 +18,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from dalle2_video.checkpoint import file_hash
 from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.model_file import file_hash
+from dalle2_video.training.checkpoints import CHECKSUMS, checksum, whole_checkpoints
 from dalle2_video.training.log import read_metrics
-from dalle2_video.training.state import CHECKSUMS, checksum, whole_checkpoints
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH = 120, 8
 SETTINGS = [
-    "data.faces.clips=64",
-    "data.faces.size=32",
+    "faces.clips=64",
+    "faces.size=32",
     "data.fps=4",
     "data.num_frames=8",
     "data.size=32",
@@ -46,7 +46,7 @@ SETTINGS = [
 
 
 def script(name: str, folder: Path, data: Path) -> list[str]:
-    places = [f"run_dir={folder}", f"data.root={data}"]
+    places = [f"run_dir={folder}", f"faces.root={data}"]
     return [sys.executable, str(ROOT / name), *SETTINGS, *places]
 
 

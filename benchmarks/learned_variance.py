@@ -45,9 +45,9 @@ from torch import nn
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import CelebVTextDataset, eval_loader
-from dalle2_video.data.video import to_float, to_uint8
+from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.diffusion.objective import (
     DiffusionConfig,
     Noised,
@@ -56,7 +56,7 @@ from dalle2_video.diffusion.objective import (
     variance_loss,
 )
 from dalle2_video.diffusion.parameterization import to_x0
-from dalle2_video.diffusion.sampling import ancestral
+from dalle2_video.diffusion.samplers import ancestral
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.diffusion.variance import (
     ReverseStep,
@@ -67,14 +67,14 @@ from dalle2_video.diffusion.variance import (
     reverse_step,
     split_output,
 )
-from dalle2_video.evaluation.attributes import load_probe
 from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.evaluation.likelihood import bits_of, to_values
 from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.faces.probe import load_probe
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.stages.wiring import store_of
 from dalle2_video.training.muon import Muon
 from dalle2_video.training.optimizer import param_groups
-from dalle2_video.training.setup import store_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "runs" / "learned_variance"
@@ -457,7 +457,7 @@ def sample(
 def embedded(data_root: Path) -> Iterator[torch.Tensor]:
     """The views of the clips of train, and of the first 128 of val: uint8 (N, F, H, W, 3)."""
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        store = store_of(compose("config", [f"data.root={data_root}"]))
+        store = store_of(compose("config", [f"faces.root={data_root}"]))
     for split in ("train", "val"):
         dataset = CelebVTextDataset(store, split, 0, CaptionPolicy(drop=False))
         parts = []

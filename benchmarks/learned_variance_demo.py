@@ -32,22 +32,22 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks.learned_variance_figures import IMAGES, draw_clips, half_width, plt, save
 from benchmarks.sampling import Judge
-from dalle2_video.checkpoint import load_model
+from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.video import to_float, to_uint8
+from dalle2_video.data.media.video import to_float, to_uint8
 from dalle2_video.diffusion.frequencies import to_frequencies
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
 from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.model_file import load_model
 from dalle2_video.models.unet3d import Condition
-from dalle2_video.sampling import ClipSampling, sample_clips
-from dalle2_video.training.conditions import load_conditions
-from dalle2_video.training.decoder import UnetSection, decoder_stage
+from dalle2_video.pipeline.sampling import ClipSampling, sample_clips
+from dalle2_video.stages.frozen_clip import load_conditions
+from dalle2_video.stages.unet import UnetSection, decoder_stage
+from dalle2_video.stages.wiring import run_config, sample_config, store_of
 from dalle2_video.training.loop import train as fit_loop
-from dalle2_video.training.setup import run_config, sample_config, store_of
-from dalle2_video.training.stage import from_config
 
 ROOT = Path(__file__).parents[1]
 FOLDER, RESULTS = ROOT / "runs" / "learned_variance_demo", ROOT / "benchmarks" / "results"
@@ -68,7 +68,7 @@ def train(seeds: Sequence[int], minutes: float, data: str, overrides: list[str])
                 shutil.copytree(first / name, folder / name)
                 continue
             part = "unets.base" if name == "base" else name
-            command = [script, f"run_dir={folder}", f"data.root={data}", f"seed={seed}"]
+            command = [script, f"run_dir={folder}", f"faces.root={data}", f"seed={seed}"]
             command.append(f"{part}.train.minutes={share * minutes}")
             subprocess.run([sys.executable, *command, *overrides], check=True, cwd=ROOT)
 
@@ -80,7 +80,7 @@ def fit(seeds: Sequence[int], clips: int, data: str, overrides: list[str]) -> No
         for name in ("clip", "prior"):
             if not (folder / name).exists():
                 shutil.copytree(plain / name, folder / name)
-        settings = [f"run_dir={folder}", f"data.root={data}", f"seed={seed}"]
+        settings = [f"run_dir={folder}", f"faces.root={data}", f"seed={seed}"]
         settings += [f"unets.base.train.clips={clips}", "unets.base.model.learned_variance=true"]
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
             cfg = compose("config", [*settings, *overrides])
@@ -157,12 +157,12 @@ def summarise() -> None:
 def draw_samples(data: str) -> None:
     """Six clips of val, and the first network's samples of their captions in 25 steps."""
     judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 6, "cpu")
-    base, (condition, counters) = judge.cascade.stages[0], judge.conditions[0]
+    base, (condition, sample_ids) = judge.cascade.stages[0], judge.conditions[0]
     model = base.unet.config
     rows = [to_uint8(to_float(judge.captions.frames, model.num_frames, model.image_size))]
     for gamma in (0.0, 1.0, None):
         how = ClipSampling(sampler="ancestral", steps=25, gamma=gamma)
-        clips = sample_clips(base.unet, model, base.diffusion, condition, counters, how, SEEDS[0])
+        clips = sample_clips(base.unet, model, base.diffusion, condition, sample_ids, how, SEEDS[0])
         rows.append(to_uint8(clips))
     draw_clips(rows, ["clip", "beta~", "beta", "learned"], IMAGES / "learned_variance_samples.png")
 

@@ -33,17 +33,18 @@ from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.faces import FaceFormat, draw_clip, plan
-from dalle2_video.data.sheet import save_sheet
-from dalle2_video.data.video import decode_clip, to_float, to_uint8
-from dalle2_video.diffusion.conditioning import window_starts
+from dalle2_video.data.media.sheet import save_sheet
+from dalle2_video.data.media.video import decode_clip, to_float, to_uint8
+from dalle2_video.diffusion.lowres import window_starts
 from dalle2_video.diffusion.objective import DiffusionConfig
-from dalle2_video.evaluation.light import LUMA
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import Cascade, load_unet
+from dalle2_video.faces.light import LUMA
+from dalle2_video.faces.writer import FaceFormat, draw_clip, plan
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
-from dalle2_video.sampling import ClipSampling, sample_clips, sample_embeddings
-from dalle2_video.training.setup import sample_config
+from dalle2_video.pipeline.cascade import Cascade
+from dalle2_video.pipeline.loading import load_unet
+from dalle2_video.pipeline.sampling import ClipSampling, sample_clips, sample_embeddings
+from dalle2_video.stages.wiring import sample_config
 
 ROOT = Path(__file__).parents[1]
 WINDOW, STEPS = 16, 2
@@ -119,9 +120,9 @@ def seams(run_dir: Path, clips: int, names: list[str]) -> dict[str, float]:
     frames, size = 64, 64
     for unet, _, _ in unets.values():
         frames, size = frames // unet.config.times[0], size // unet.config.times[1]
-    text, counters = cascade.encode(lines), torch.arange(len(lines))
+    text, sample_ids = cascade.encode(lines), torch.arange(len(lines))
     embedding = sample_embeddings(
-        cascade.prior, cascade.prior.whiten, cascade.prior_diffusion, text, counters, config
+        cascade.prior, cascade.prior.whiten, cascade.prior_diffusion, text, sample_ids, config
     )
     condition = Condition.of(embedding, text.states, text.place, text.embedding)
     natural = jumps(to_float(real)).flatten()
@@ -134,10 +135,10 @@ def seams(run_dir: Path, clips: int, names: list[str]) -> dict[str, float]:
             how = how if overlap is None else replace(how, overlap=overlap)
             parts = [
                 sample_clips(
-                    unet, model, diffusion, condition.rows(rows), counters[rows], how,
+                    unet, model, diffusion, condition.rows(rows), sample_ids[rows], how,
                     0, low[rows], stream=stage,
                 )
-                for rows in tqdm(counters.split(4), desc=f"{stage} {kind}", unit="batch")
+                for rows in tqdm(sample_ids.split(4), desc=f"{stage} {kind}", unit="batch")
             ]  # fmt: skip
             low = torch.cat(parts)
             window = how.window or model.num_frames

@@ -23,16 +23,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.dataset import Batch
+from dalle2_video.data.store.dataset import Batch
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.training import state
-from dalle2_video.training.conditions import load_conditions
-from dalle2_video.training.decoder import UnetSection, decoder_stage
+from dalle2_video.stages.frozen_clip import load_conditions
+from dalle2_video.stages.unet import UnetSection, decoder_stage
+from dalle2_video.stages.wiring import sample_config, store_of
+from dalle2_video.training import checkpoints as state
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import make_optimizer
-from dalle2_video.training.setup import sample_config, store_of
-from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig, from_config
+from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAIRS, WARM = 7, 2
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, as in configs/")
     a = parser.parse_args()
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", [f"run_dir={a.run_dir}", f"data.root={a.data}", *a.overrides])
+        cfg = compose("config", [f"run_dir={a.run_dir}", f"faces.root={a.data}", *a.overrides])
     section = from_config(UnetSection, cfg.unets.base, "unets.base")
     conditions = load_conditions(a.run_dir, store_of(cfg), 0, section.captions, load_frames=True)
     every = section.train.batch_size

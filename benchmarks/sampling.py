@@ -23,18 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import CelebVTextDataset, eval_loader
-from dalle2_video.data.faces import read_attributes
-from dalle2_video.data.video import to_uint8
+from dalle2_video.data.media.video import to_uint8
+from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of
-from dalle2_video.evaluation.attributes import load_probe, score, targets_of
 from dalle2_video.evaluation.frechet import frechet_distance, frechet_interval
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import Cascade
+from dalle2_video.faces.probe import load_probe, score, targets_of
+from dalle2_video.faces.writer import read_attributes
 from dalle2_video.models.unet3d import Condition
-from dalle2_video.sampling import SampleConfig, sample_clips, sample_embeddings
-from dalle2_video.training.setup import sample_config, store_of
+from dalle2_video.pipeline.cascade import Cascade
+from dalle2_video.pipeline.sampling import SampleConfig, sample_clips, sample_embeddings
+from dalle2_video.stages.wiring import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +54,7 @@ class Judge:
         self, run_dir: str, data: str, split: str, clips: int, device: str | None = None
     ) -> None:
         with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [f"data.root={data}"])
+            cfg = compose("config", [f"faces.root={data}"])
         self.base = sample_config(cfg)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.cascade, self.probe = Cascade.load(run_dir, device), load_probe()
@@ -77,26 +77,31 @@ class Judge:
 
     @torch.no_grad()
     def _condition(self, lines: list[list[str]], first: int) -> tuple[Condition, Tensor]:
-        counters = torch.arange(first, first + len(lines))
+        sample_ids = torch.arange(first, first + len(lines))
         text, cascade = self.cascade.encode(lines), self.cascade
         embedding = sample_embeddings(
-            cascade.prior, cascade.prior.whiten, cascade.prior_diffusion, text, counters, self.base
+            cascade.prior,
+            cascade.prior.whiten,
+            cascade.prior_diffusion,
+            text,
+            sample_ids,
+            self.base,
         )
-        return Condition.of(embedding, text.states, text.place, text.embedding), counters
+        return Condition.of(embedding, text.states, text.place, text.embedding), sample_ids
 
     @torch.no_grad()
     def point(self, config: SampleConfig) -> dict[str, float]:
         """Figures of one setting."""
         base, parts, seconds = self.cascade.stages[0], [], 0.0
         bar = tqdm(total=len(self.conditions) * config.steps, unit="step", mininterval=20)
-        for condition, counters in self.conditions:
+        for condition, sample_ids in self.conditions:
             begun = time.perf_counter()
             video = sample_clips(
                 base.unet,
                 base.unet.config,
                 base.diffusion,
                 condition,
-                counters,
+                sample_ids,
                 config,
                 config.seed,
                 progress=bar.update,

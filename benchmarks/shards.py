@@ -23,14 +23,15 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.models.unet3d import Condition, Unet3D
+from dalle2_video.stages.unet import UnetSection
 from dalle2_video.training import loop
-from dalle2_video.training.decoder import UnetSection
 from dalle2_video.training.memory import fixed_parts
-from dalle2_video.training.shards import Zero3Shards
-from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, from_config
+from dalle2_video.training.sharded import Zero3Shards
+from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("zero3", "fsdp2")
@@ -39,9 +40,9 @@ WIDTH, FRAMES = 512, 2
 
 @dataclasses.dataclass
 class Noise:
-    """A batch of nothing but counters."""
+    """A batch of nothing but sample_ids."""
 
-    counters: Tensor
+    sample_ids: Tensor
 
     def to(self, device: torch.device) -> "Noise":
         return self
@@ -53,15 +54,15 @@ class NoiseSet:
     def __len__(self) -> int:
         return 64
 
-    def pointer(self, counter: int) -> int:
-        return counter
+    def pointer(self, sample_id: int) -> int:
+        return sample_id
 
     def collate(self, pointers: list[int]) -> Noise:
         return Noise(torch.tensor(pointers))
 
 
 def objective(model: nn.Module, batch: Noise, step: StepInfo) -> Loss:
-    size = len(batch.counters)
+    size = len(batch.sample_ids)
     text, place = torch.randn(size, 4, WIDTH), torch.arange(4).expand(size, 4)
     condition = Condition.of(torch.randn(size, WIDTH), text, place, torch.randn(size, WIDTH))
     z = torch.randn(size, 3, FRAMES, 64, 64)

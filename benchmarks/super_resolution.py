@@ -26,21 +26,21 @@ from tqdm import tqdm
 
 from dalle2_video import keyed
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import CelebVTextDataset
-from dalle2_video.data.sheet import save_sheet
-from dalle2_video.data.video import to_float, to_uint8
-from dalle2_video.diffusion.conditioning import blend, fit, known_frames
+from dalle2_video.data.media.sheet import save_sheet
+from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.store.dataset import CelebVTextDataset
+from dalle2_video.diffusion.lowres import blend, fit, known_frames
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import sampler_steps
-from dalle2_video.evaluation.attributes import load_probe
 from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import load_clip, load_prior, load_unet
+from dalle2_video.faces.probe import load_probe
 from dalle2_video.models.unet3d import Condition
-from dalle2_video.sampling import Smaller, sample_clips, sample_embeddings
-from dalle2_video.training.conditions import TextEncoder
-from dalle2_video.training.setup import sample_config, store_of
+from dalle2_video.pipeline.loading import load_clip, load_prior, load_unet
+from dalle2_video.pipeline.sampling import Smaller, sample_clips, sample_embeddings
+from dalle2_video.stages.frozen_clip import TextEncoder
+from dalle2_video.stages.wiring import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,7 @@ class HeldOut:
                 text = encode(batch.to(DEVICE))
                 with torch.no_grad():
                     embedding = sample_embeddings(
-                        prior, prior.whiten, diffusion, text, batch.counters, config
+                        prior, prior.whiten, diffusion, text, batch.sample_ids, config
                     )
                 one = Condition.of(embedding, text.states, text.place, text.embedding)
                 each = torch.arange(len(rows), device=DEVICE)[:, None]
@@ -140,9 +140,9 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
         part = slice(start, start + BATCH)
         condition, small = data.condition(rows[part]), low[part].to(DEVICE)
         for k in range(draws):
-            counters = torch.tensor([1000 * k + row for row in rows[part]])
+            sample_ids = torch.tensor([1000 * k + row for row in rows[part]])
             samples[k, part] = sample_clips(
-                unet, model, diffusion, condition, counters, how, 0, small, stream=what
+                unet, model, diffusion, condition, sample_ids, how, 0, small, stream=what
             ).cpu()
         z = keyed.randn(truth.shape[1:], 0, torch.tensor(rows[part]), "one step", DEVICE)
         log_snr = first.to(DEVICE).expand(len(small))

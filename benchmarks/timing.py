@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.captions import CaptionPolicy
-from dalle2_video.data.dataset import CelebVTextDataset, eval_loader
-from dalle2_video.data.face_attributes import ATTRIBUTES, FaceAttributes
-from dalle2_video.data.faces import read_attributes
-from dalle2_video.data.video import to_float
+from dalle2_video.data.media.video import to_float
+from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of
-from dalle2_video.evaluation.attributes import AttributeProbe, load_probe
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.generate import Cascade, sampling_bar
-from dalle2_video.training.setup import sample_config, store_of
+from dalle2_video.faces.attributes import ATTRIBUTES, FaceAttributes
+from dalle2_video.faces.probe import AttributeProbe, load_probe
+from dalle2_video.faces.writer import read_attributes
+from dalle2_video.pipeline.cascade import Cascade, sampling_bar
+from dalle2_video.stages.wiring import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]
 THIRDS = 3

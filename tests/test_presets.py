@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from dalle2_video.config import from_config
 from dalle2_video.models.unet3d import Unet3D
-from dalle2_video.training.decoder import UnetSection
-from dalle2_video.training.stage import from_config
+from dalle2_video.stages.unet import UnetSection
+from tests.helpers.launching import ROOT
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def section(*overrides: str) -> UnetSection:

@@ -5,18 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle2_video.data.store import ClipStore, Settings, StoreError
-
-
-@dataclass(frozen=True)
-class FacesConfig:
-    """The embedded data set, rendered where data.root holds nothing: see data/faces.py."""
-
-    clips: int
-    size: int
-    fps: float
-    seconds: float
-    seed: int
+from dalle2_video.data.store.store import ClipStore, Settings, StoreError
 
 
 @dataclass(frozen=True)
@@ -27,7 +16,6 @@ class DataConfig:
     num_frames, size, span, windows, encoding: how the clips are stored, see Settings. splits: name
     -> fraction, with split_seed. workers: processes, 0 = none. seconds_per_clip: a clip that keeps
     a worker longer is left out; None = no limit. overwrite: make shards again that are there.
-    faces: or None.
     """
 
     name: str
@@ -44,7 +32,6 @@ class DataConfig:
     workers: int
     seconds_per_clip: float | None
     overwrite: bool
-    faces: FacesConfig | None
 
     def __post_init__(self) -> None:
         _ = self.settings  # raises ValueError

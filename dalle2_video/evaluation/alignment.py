@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dalle2_video.data.captions import join_lines
-from dalle2_video.data.dataset import CelebVTextDataset
-from dalle2_video.data.face_attributes import FaceAttributes
-from dalle2_video.data.video import to_float, to_uint8
-from dalle2_video.evaluation.attributes import Probe, Score, score, targets_of
-from dalle2_video.generate import Cascade, Report
-from dalle2_video.sampling import SampleConfig
+from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.sources.captions import join_lines
+from dalle2_video.data.store.dataset import CelebVTextDataset
+from dalle2_video.faces.attributes import FaceAttributes
+from dalle2_video.faces.probe import Probe, Score, score, targets_of
+from dalle2_video.pipeline.cascade import Cascade, Report
+from dalle2_video.pipeline.sampling import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def captions_of(dataset: CelebVTextDataset, clips: int) -> Captions:
     """The evaluation captions (one line of each category) of the first `clips` clips of a split."""
     pointers = [dataset.eval_pointer(i) for i in range(min(clips, len(dataset)))]
     chosen = [
-        dataset.captions.choose(dataset.store.lines(dataset.clips[p.index]), 0, p.counter, p.key)
+        dataset.captions.choose(dataset.store.lines(dataset.clips[p.index]), 0, p.sample_id, p.key)
         for p in pointers
     ]
     batch = dataset.collate(pointers)

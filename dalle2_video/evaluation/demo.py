@@ -96,7 +96,7 @@ class Demo:
             script,
             f"run_dir={self.folder}",
             f"train_name={self.folder.name}",
-            f"data.root={self.data}",
+            f"faces.root={self.data}",
             f"mixed_precision={self.state['precision']}",
             *arguments,
             *self.overrides,

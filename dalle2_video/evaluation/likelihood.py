@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
-from dalle2_video.data.video import to_float, to_uint8
+from dalle2_video.data.media.video import to_float, to_uint8
 from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.diffusion.parameterization import expand, to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
@@ -22,9 +22,9 @@ from dalle2_video.diffusion.variance import (
     split_output,
 )
 from dalle2_video.evaluation.alignment import Captions
-from dalle2_video.generate import Cascade, placed
 from dalle2_video.models.unet3d import Condition
-from dalle2_video.sampling import SampleConfig
+from dalle2_video.pipeline.cascade import Cascade, placed
+from dalle2_video.pipeline.sampling import SampleConfig
 
 LAST = 7  # steps
 FIXED = {"lower": 0.0, "middle": 0.5, "upper": 1.0}  # beta~, their geometric mean, beta
@@ -44,7 +44,7 @@ def bits_of(
     network: Callable[[Tensor, Tensor], Tensor],
     diffusion: DiffusionConfig,
     x0: Tensor,
-    counters: Tensor,
+    sample_ids: Tensor,
     seed: int,
     draws: int,
     term: Callable[[ReverseStep, Tensor, Tensor, Tensor], Tensor] = learned,
@@ -54,7 +54,7 @@ def bits_of(
     network: (z, log_snr) -> prediction, perhaps with raw fractions, which `term` (step, estimate,
     raw, x0) makes bits of. Most of the bound, and of its noise, lies at the clean end: the LAST
     steps are all in it, and of the others `draws` stand for all, spread by a cube. Noise and steps
-    are keyed by (seed, counters (B,)).
+    are keyed by (seed, sample_ids (B,)).
     """
     steps = diffusion.variance_steps
     last = min(LAST, steps)
@@ -63,14 +63,14 @@ def bits_of(
         if draw < last:
             number, weight = torch.full((len(x0),), draw + 1.0), torch.ones(len(x0))
         else:
-            share = keyed.rand((), seed, counters, f"bits/{draw}/step")
+            share = keyed.rand((), seed, sample_ids, f"bits/{draw}/step")
             place = (draw - last + share) / draws
             number = (last + 1 + (steps - last) * place**3).floor().clamp(max=steps)
             weight = 3 * (steps - last) * place.square() / draws
         number, weight = number.to(x0.device), weight.to(x0.device)
         step = reverse_step(diffusion.schedule, number / steps, steps)
         alpha, sigma = (expand(a, x0) for a in alpha_sigma(step.now))
-        noise = keyed.randn(x0.shape[1:], seed, counters, f"bits/{draw}", x0.device)
+        noise = keyed.randn(x0.shape[1:], seed, sample_ids, f"bits/{draw}", x0.device)
         z = alpha * x0 + sigma * noise
         prediction, raw = split_output(network(z, step.now).float(), x0.shape[1])
         estimate = to_x0(diffusion.prediction, prediction, z, step.now).clamp(-1, 1)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dalle2_video.training.shards import Shards
+from dalle2_video.training.sharded import Shards
 
 
 def ema_decay(clips: int, batch: int, halflife: float, rampup: float) -> float:

@@ -1,8 +1,8 @@
 """One training loop for every stage, on Accelerate: one process, DDP, DeepSpeed ZeRO or FSDP2.
 
 Progress is counted in clips seen; the same command resumes. Step k of a run covers the global clip
-counters [k G, (k + 1) G), G = batch_size, whatever the ranks and micro-batches, and randomness is
-keyed by these counters, so losses agree over any split of the work. The loader is not prepared by
+sample_ids [k G, (k + 1) G), G = batch_size, whatever the ranks and micro-batches, and randomness is
+keyed by these sample ids, so losses agree over any split of the work. The loader is not prepared by
 Accelerate: each rank reads its own slice.
 """
 
@@ -26,12 +26,12 @@ from torch.distributed.tensor import DTensor
 
 from dalle2_video import keyed
 from dalle2_video.data.atomic import whole
-from dalle2_video.data.dataset import train_loader
+from dalle2_video.data.store.dataset import train_loader
 from dalle2_video.evaluation.provenance import provenance
-from dalle2_video.training.agreement import check_folder, check_ranks, data_facts, from_yaml
+from dalle2_video.training.accelerator import autocast_forward, make_accelerator
+from dalle2_video.training.checkpoints import Checkpoints, Progress, saved_progress, strategy_of
+from dalle2_video.training.config_guard import check_folder, check_ranks, data_facts, from_yaml
 from dalle2_video.training.ema import Ema
-from dalle2_video.training.environment import autocast_forward, make_accelerator
-from dalle2_video.training.figures import Flight, Window
 from dalle2_video.training.log import (
     Log,
     NullLog,
@@ -41,6 +41,7 @@ from dalle2_video.training.log import (
     make_tracker,
 )
 from dalle2_video.training.memory import advice, estimate, peak_bytes
+from dalle2_video.training.metrics import Flight, Window
 from dalle2_video.training.optimizer import lr_factor, make_optimizer, set_lr
 from dalle2_video.training.preemption import (
     EXIT_CODE,
@@ -49,9 +50,8 @@ from dalle2_video.training.preemption import (
     mark_ended,
     mark_unfinished,
 )
-from dalle2_video.training.shards import shards_of
+from dalle2_video.training.sharded import shards_of
 from dalle2_video.training.stage import RunConfig, Stage, StepInfo, TrainConfig
-from dalle2_video.training.state import Checkpoints, Progress, saved_progress, strategy_of
 from dalle2_video.training.validation import evaluate, no_trace
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -310,11 +310,11 @@ class _Trainer:
         for _ in range(steps):
             with window.waiting():
                 batch = next(batches)
-            counters = batch.counters
+            sample_ids = batch.sample_ids
             batch = batch.to(accelerator.device)
-            torch.manual_seed(keyed.key(self.run.seed, int(counters[0]), "torch"))
+            torch.manual_seed(keyed.key(self.run.seed, int(sample_ids[0]), "torch"))
             device = accelerator.device
-            info = StepInfo(counters, self.run.seed, device, accelerator, progress.clips)
+            info = StepInfo(sample_ids, self.run.seed, device, accelerator, progress.clips)
             with accelerator.accumulate(self.model):
                 loss = self.stage.objective(self.model, batch, info)
                 accelerator.backward(loss.loss)

@@ -130,7 +130,7 @@ def activations(
             forward(module, list(module.parameters()), *real)
         raise _Counted
 
-    info = StepInfo(batch.counters, seed, device, accelerator)
+    info = StepInfo(batch.sample_ids, seed, device, accelerator)
     hook = stage.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         with no_trace(stage.model, None):

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dalle2_video.data.dataset import eval_loader
+from dalle2_video.data.store.dataset import eval_loader
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.stage import Stage, StepInfo
 
@@ -72,13 +72,13 @@ def mean_objective(
     sums: dict[str, Tensor] = {}
     for _ in range(-(-count // world)):
         batch = next(batches, None)
-        weight = len(batch.counters) if batch is not None else 0
+        weight = len(batch.sample_ids) if batch is not None else 0
         first = first or batch
         batch = batch or first
         assert batch is not None  # the first round always has one
-        counters = batch.counters
+        sample_ids = batch.sample_ids
         torch.manual_seed(seed)
-        info = StepInfo(counters, seed, accelerator.device, accelerator)
+        info = StepInfo(sample_ids, seed, accelerator.device, accelerator)
         loss = stage.objective(model, batch.to(accelerator.device), info)
         for name, value in {"loss": loss.loss, **loss.metrics}.items():
             tensor = torch.as_tensor(value, device=accelerator.device).detach().double()

@@ -1,0 +1,110 @@
+"""manifest.json: what a store holds, and all that was left out of it and why, over all shards."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dalle2_video.data.atomic import write_json
+from dalle2_video.data.config import DataConfig
+from dalle2_video.data.sources.archives import Problem
+from dalle2_video.data.store.store import (
+    FORMAT,
+    StoreError,
+    index_paths,
+    read_index,
+    shard_paths,
+    stands,
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run found and did; skipped counts clips and members by kind of cause."""
+
+    clips: int
+    made: int
+    shards: int
+    shards_kept: int
+    skipped: dict[str, int]
+    texts_left_out: int
+    lines_split: int
+    gigabytes: float
+    minutes: float
+    store: str
+
+    def __str__(self) -> str:
+        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.skipped.items()))
+        return (
+            f"{self.store}: {self.clips} clips in {self.shards} shards ({self.made} clips made now,"
+            f" {self.shards_kept} shards were there), {self.gigabytes:.3f} GB, "
+            f"{self.minutes:.1f} min; skipped: {causes or 'nothing'}; text files left out: "
+            f"{self.texts_left_out}; lines over 77 tokens, split: {self.lines_split}; "
+            "details in manifest.json"
+        )
+
+
+def write_manifest(
+    config: DataConfig, problems: Sequence[Problem], made: int, shards_made: int, begun: float
+) -> Summary:
+    """Joins what all shards left out, with what never reached a shard, into manifest.json.
+
+    StoreError where a file of a shard is gone and its archive too, so that it cannot be made anew.
+    """
+    skipped = [
+        {"archive": relative_name(p.archive, config.root), "file": p.member, "cause": p.cause}
+        for p in problems
+    ]
+    texts, shards, lines_split, clips, size = [], {}, 0, 0, 0
+    for path in filter(stands, index_paths(config.store)):  # another part may be at work on one
+        index = read_index(path)
+        archive = index["archive"]
+        kept = sum(clip["status"] == "kept" for clip in index["clips"])
+        shards[path.stem] = {"archive": archive, "clips": kept}
+        skipped += [
+            {"archive": archive, "file": c["file"], "clip": c["clip"], "cause": c["cause"]}
+            for c in index["clips"]
+            if c["status"] != "kept"
+        ]
+        texts += [{"archive": archive, **note} for note in index["texts_left_out"]]
+        lines_split += index["lines_split"]
+        clips += kept
+        for file in shard_paths(config.store, path.stem):
+            if not file.exists():
+                raise StoreError(
+                    f"{file} is missing, {path} lists it, and {archive} is not there to make it "
+                    f"from: bring the archive back, or remove {path}"
+                )
+            size += file.stat().st_size
+    summary = Summary(
+        clips=clips,
+        made=made,
+        shards=len(shards),
+        shards_kept=len(shards) - shards_made,
+        skipped=dict(Counter(item["cause"].split(":")[0] for item in skipped)),
+        texts_left_out=len(texts),
+        lines_split=lines_split,
+        gigabytes=size / 1e9,
+        minutes=(time.monotonic() - begun) / 60,
+        store=str(config.store),
+    )
+    manifest = {
+        "format": FORMAT,
+        "settings": asdict(config.settings),
+        "clips": clips,
+        "shards": shards,
+        "skipped": skipped,
+        "texts_left_out": texts,
+        "lines_split": lines_split,
+    }
+    write_json(config.store / "manifest.json", manifest)
+    return summary
+
+
+def relative_name(archive: str, root: str) -> str:
+    """An archive's path below data.root; the root's own name for the root."""
+    path = Path(archive)
+    return path.name if path == Path(root) else str(path.relative_to(root))

@@ -1,0 +1,95 @@
+"""What must be alike before the first step: on all ranks, and between a run and its folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from omegaconf import OmegaConf
+
+from dalle2_video.config import ConfigError
+from dalle2_video.training.stage import RunConfig
+
+SHOWN = 6  # differing keys in a message
+# What a run may change when it goes on: how long, what it tells, where things are.
+FREE = {
+    "clips", "minutes", "micro_batch_size", "log_every_clips", "val_every_clips",
+    "save_every_clips", "keep_checkpoints", "keep_every_clips", "workers",
+    "root", "out", "encoding", "seconds_per_clip", "overwrite",
+    "activation_checkpointing", "compile",
+}  # fmt: skip
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one dict with dotted keys."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    entries: dict[str, Any] = {}
+    for key, inner in value.items():
+        entries |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return entries
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """ "key: a there, b here" for each key of two flat dicts whose values differ."""
+    keys = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    lines = [f"{k}: {there.get(k, 'none')!r} there, {here.get(k, 'none')!r} here" for k in keys]
+    return [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else lines
+
+
+def from_yaml(text: str) -> dict[str, Any]:
+    """A configuration as `RunConfig.resolved` holds it."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+
+
+def check_ranks(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
+    """ConfigError, on every rank, where one has other facts (JSON values) than the first."""
+    first, *others = gather_object([flat(facts)])
+    wrong = [
+        f"rank {rank} against rank 0: {'; '.join(found)}"
+        for rank, own in enumerate(others, 1)
+        if (found := differences(own, first))
+    ]
+    if wrong:
+        raise ConfigError(f"the ranks do not train the same: {' | '.join(wrong)}")
+
+
+def data_facts(dataset: Any) -> dict[str, Any]:
+    """Number of clips and a hash of their keys in order, where the data set has keys."""
+    facts: dict[str, Any] = {"clips": len(dataset)}
+    if hasattr(dataset, "keys"):
+        text = "\n".join(dataset.keys()).encode()
+        facts["keys"] = hashlib.blake2b(text, digest_size=8).hexdigest()
+    return facts
+
+
+def check_folder(run: RunConfig) -> None:
+    """ConfigError where the checkpoints of the run's folder come from another configuration.
+
+    Compares what rules the stage (its own section, the data, seed and precision) and may not change
+    on the way. `force=true` lets it pass; a model of another shape is refused all the same.
+    """
+    path = Path(run.dir) / "config.yaml"
+    begun = path.exists() and any((Path(run.dir) / "checkpoints").glob("[0-9]*"))
+    if run.resolved is None or run.force or not begun:
+        return
+    there, here = (
+        {
+            key: value
+            for key, value in flat(from_yaml(text)).items()
+            if key.startswith((f"{run.section}.", "data.")) or key in ("seed", "mixed_precision")
+            if key.rsplit(".", 1)[-1] not in FREE
+        }
+        for text in (path.read_text(encoding="utf-8"), run.resolved)
+    )
+    # an option that did not exist then, and is off now, makes no difference
+    here = {k: v for k, v in here.items() if k in there or v not in (False, 0, None)}
+    if found := differences(there, here):
+        raise ConfigError(
+            f"{run.dir} was begun with another configuration ({'; '.join(found)}): choose another "
+            "train_name, or go on with the new one by force=true"
+        )

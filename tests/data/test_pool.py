@@ -1,0 +1,81 @@
+"""Worker processes: order, errors, death, time limits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dalle2_video.data.preprocess.pool import LOST_IN_A_ROW, WorkerLost, WorkerPool
+
+
+def work(number: int, folder: str | None = None, data: bytes = b"") -> tuple[int, int, np.ndarray]:
+    """Fails at 3; the worker is killed at 5, at its first try; big in and out."""
+    if number == 3:
+        raise ValueError("three")
+    if number == 5 and folder is not None:
+        marker = Path(folder) / "tried"
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.02 * (number % 3))  # results come out of order
+    return number, len(data), np.full(200_000, number, np.uint8)
+
+
+def die(_: int) -> None:
+    os._exit(7)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_come_in_order_errors_at_their_place_and_none_stays_none(workers: int) -> None:
+    tasks = [(f"t{k}", None if k == 4 else (k,)) for k in range(20)]
+    with WorkerPool(work, workers, ["tests.data.test_pool"]) as pool:
+        for _ in range(2):  # a pool serves several rounds
+            got = list(pool.map(iter(tasks)))
+            assert [tag for tag, _ in got] == [f"t{k}" for k in range(20)]
+            for k, (_, future) in enumerate(got):
+                if k == 3:
+                    with pytest.raises(ValueError, match="three"):
+                        future.result()
+                elif k == 4:
+                    assert future.result() is None
+                else:
+                    assert future.result()[0] == k and (future.result()[2] == k).all()
+
+
+def test_a_killed_worker_costs_nothing_when_the_second_try_goes_well(tmp_path: Path) -> None:
+    data = os.urandom(300_000)  # more than a pipe holds, in both directions
+    tasks = [(k, (k, str(tmp_path), data)) for k in range(12) if k != 3]
+    with WorkerPool(work, 2, ["tests.data.test_pool"]) as pool:
+        results = [future.result()[:2] for _, future in pool.map(tasks)]
+    assert results == [(k, 300_000) for k in range(12) if k != 3]
+    assert (tmp_path / "tried").exists()
+
+
+def test_only_a_few_tasks_are_taken_ahead() -> None:
+    taken = []
+
+    def tasks():
+        for k in range(100):
+            taken.append(k)
+            yield k, (k + 10,)
+
+    with WorkerPool(work, 2, ["tests.data.test_pool"]) as pool:
+        for tag, _ in pool.map(tasks()):
+            assert len(taken) - tag <= 9
+
+
+def test_workers_that_all_die_end_the_run() -> None:
+    tasks = ((k, (k,)) for k in range(1000))
+    with WorkerPool(die, 1, ["tests.data.test_pool"]) as pool:
+        lost = 0
+        with pytest.raises(WorkerLost, match=r"ended one after the other.*exit status 7"):
+            for _, future in pool.map(tasks):
+                with pytest.raises(WorkerLost, match=r"died 2 times \(exit status 7\)"):
+                    future.result()
+                lost += 1
+    assert 0 < lost < LOST_IN_A_ROW

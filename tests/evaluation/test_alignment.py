@@ -1,0 +1,112 @@
+"""The headline figures, on clips whose attributes are known: rendered, wrong and shuffled ones."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dalle2_video.data.config import DataConfig, open_store
+from dalle2_video.data.preprocess.run import preprocess
+from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.store.dataset import CelebVTextDataset
+from dalle2_video.evaluation.alignment import (
+    EvaluateConfig,
+    alignment,
+    captions_of,
+    evaluate_alignment,
+    nearest_clips,
+)
+from dalle2_video.faces.probe import load_probe, score, targets_of
+from dalle2_video.faces.writer import read_attributes, write_dataset
+from dalle2_video.pipeline.sampling import SampleConfig
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> CelebVTextDataset:
+    """60 rendered clips in one split."""
+    root = tmp_path_factory.mktemp("faces")
+    write_dataset(root, 60, fractions={"all": 1.0}, workers=0, progress=False)
+    config = DataConfig(
+        "faces", str(root), None, 4.0, 8, 32, "first", "one", "raw", 0, {"all": 1.0}, 0, None,
+        False,
+    )  # fmt: skip
+    preprocess(config)
+    return CelebVTextDataset(open_store(config), "all", 0, CaptionPolicy(drop=False))
+
+
+@pytest.fixture(scope="module")
+def truth(dataset):
+    attributes = read_attributes(dataset.store.root / "attributes.jsonl")
+    return [attributes[dataset.key(i).rsplit(":", 1)[0]] for i in range(len(dataset))]
+
+
+def test_captions_belong_to_their_clips(dataset) -> None:
+    captions = captions_of(dataset, 10)
+    assert len(captions.lines) == len(captions.sentences) == len(captions.frames) == 10
+    for i in range(10):
+        assert dataset.key(i).startswith(captions.clip_ids[i] + ":")
+        own = dataset.store.lines(dataset.clips[i])
+        known = {line.text for lines in own.values() for line in lines}
+        assert len(captions.lines[i]) == 6 and set(captions.lines[i]) <= known
+        # the sentence says what the lines say, as one sentence where it fits
+        words = captions.sentences[i].replace(",", "").replace(".", "").split()
+        assert words == " ".join(captions.lines[i]).replace(",", "").replace(".", "").split()
+        assert torch.equal(captions.frames[i], torch.from_numpy(dataset.store.frames([i])[0]))
+
+
+def test_real_clips_score_high_and_other_clips_do_not(dataset, truth) -> None:
+    frames = torch.from_numpy(dataset.store.frames(range(60)))
+    figures = alignment(load_probe(), frames, truth, frames)
+    assert figures["attribute_accuracy"] > 0.97
+    assert figures["ceiling_accuracy"] == figures["attribute_accuracy"]
+    assert figures["light_rule_accuracy"] > 0.9
+    # shuffled: each clip against the caption of the clip a third of the set further on
+    other = {name: value.roll(-20) for name, value in targets_of(truth).items()}
+    expected = score(load_probe().network.predict(frames), other).mean
+    assert figures["attribute_accuracy_shuffled"] == pytest.approx(expected)
+    assert figures["attribute_chance_shuffled"] == pytest.approx(expected)
+    assert expected < 0.6
+    # frames of other clips are as bad as captions of other clips
+    moved = alignment(load_probe(), frames.roll(7, 0), truth)
+    assert moved["attribute_accuracy"] < 0.6 and "ceiling_accuracy" not in moved
+    with_one = alignment(load_probe(), torch.cat([frames[1:2], frames[1:]]), truth)
+    assert with_one["attribute_accuracy"] < figures["attribute_accuracy"]
+
+
+def test_the_lines_and_the_free_text_are_both_sampled(dataset, truth) -> None:
+    real = torch.from_numpy(dataset.store.frames(range(12)))
+    asked = []
+
+    def sample_stages(texts, config, report=None, last=None):
+        asked.append(texts)
+        if last == "base":
+            return {"base": real.roll(1, 0)}
+        return {"base": real[:, ::2], "ssr": real}
+
+    cascade = SimpleNamespace(sample_stages=sample_stages)
+    attributes = {dataset.key(i).rsplit(":", 1)[0]: clip for i, clip in enumerate(truth)}
+    figures, captions, made = evaluate_alignment(
+        cascade, dataset, attributes, load_probe(), 12, SampleConfig()
+    )
+    assert asked == [captions.lines, captions.sentences] and torch.equal(made["ssr"], real)
+    assert figures["samples"] == 12
+    assert figures["attribute_accuracy"] > 0.9 > 0.7 > figures["free_sentence_accuracy"]
+    assert 0.5 < figures["accuracy_of_base"] <= 1 and "accuracy_of_ssr" not in figures
+
+
+def test_nearest_clip_is_found_through_shifts_in_time_and_noise() -> None:
+    random = np.random.default_rng(0)
+    clips = torch.from_numpy(random.integers(0, 256, (6, 4, 8, 8, 3), dtype=np.uint8))
+    order = torch.tensor([3, 0, 5, 1])
+    noisy = clips[order].int() + torch.randint(-20, 20, clips[order].shape)
+    samples = noisy.clamp(0, 255).to(torch.uint8).roll(1, 1)
+    assert nearest_clips(samples, clips).tolist() == order.tolist()
+    # one frame like another clip's does not decide
+    samples[0, 2] = clips[4, 0]
+    assert nearest_clips(samples, clips)[0] == 3
+
+
+def test_what_to_evaluate_is_checked() -> None:
+    with pytest.raises(ValueError, match="clips must be at least 1"):
+        EvaluateConfig("attributes", "combo", 0)

@@ -1,0 +1,217 @@
+"""The probe reads what the renderer drew; scores and light measures are checked in closed form."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dalle2_video.data.media.frame import crop_resize
+from dalle2_video.faces import train_probe
+from dalle2_video.faces.attributes import ATTRIBUTES, UNDEFINED, FaceAttributes
+from dalle2_video.faces.light import MEASURES, LightRule, fit_light_rules, light_measures
+from dalle2_video.faces.probe import (
+    PROBE_PATH,
+    AttributeProbe,
+    ProbeConfig,
+    load_probe,
+    probe_loss,
+    score,
+    targets_of,
+)
+from dalle2_video.faces.render import render
+from dalle2_video.faces.writer import plan
+from dalle2_video.model_file import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def held_out() -> tuple[torch.Tensor, list[FaceAttributes]]:
+    """60 clips of val and combo that no training saw, through H.264: uint8 (60,8,32,32,3)."""
+    clips = [c for c in plan(6000, seed=0) if c.split != "train"][:60]
+    frames = np.stack([train_probe.decoded(c) for c in clips])
+    return torch.from_numpy(frames), [c.attributes for c in clips]
+
+
+# ---------------------------------------------------------------- the packaged probe
+
+
+def test_packaged_probe_reads_held_out_renders(held_out):
+    frames, attributes = held_out
+    probe, targets = load_probe(), targets_of(attributes)
+    result = score(probe.network.predict(frames), targets)
+    assert result.mean > 0.97 and min(result.accuracy.values()) > 0.9
+    assert result.low <= result.mean <= result.high and result.clips == 60
+    by_rule = score({n: r.predict(frames) for n, r in probe.light.items()}, targets)
+    assert min(by_rule.accuracy.values()) > 0.85
+    wrong = {n: t.roll(7) for n, t in targets.items()}
+    assert score(probe.network.predict(frames), wrong).mean < 0.6
+
+
+def test_packaged_probe_reads_other_sizes_and_frame_counts():
+    """48 px and 16 frames, never seen in training."""
+    attributes = [c.attributes for c in plan(24, seed=9)]
+    frames = np.stack([render(a, k, 48, 16, 8.0, k) for k, a in enumerate(attributes)])
+    read = load_probe().network.predict(torch.from_numpy(frames))
+    assert score(read, targets_of(attributes)).mean > 0.93
+
+
+def test_probe_file_is_small_pinned_and_frozen(tmp_path):
+    assert PROBE_PATH.stat().st_size < 2_000_000
+    probe = load_probe()
+    assert not probe.network.training
+    assert not any(p.requires_grad for p in probe.network.parameters())
+    changed = tmp_path / "probe.safetensors"
+    changed.write_bytes(PROBE_PATH.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ValueError, match=f"{changed.name}: SHA-256"):
+        load_probe(changed)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_probe(tmp_path / "none.safetensors")
+
+
+def test_report_meets_the_figures():
+    """The committed table is that of the pinned file, and every figure is in its range."""
+    report = json.loads(Path("benchmarks/results/probe.json").read_text())
+    assert report["probe_sha256"] == load_probe().sha256
+    for split in ("val", "combo"):
+        assert report[f"probe_{split}_mean_accuracy"] >= 0.97
+        for name in ATTRIBUTES:
+            assert report[f"probe_{split}_accuracy_{name}"] >= 0.92
+
+
+# ---------------------------------------------------------------- the network
+
+
+def test_prepare_resizes_like_preprocess_and_samples_time():
+    probe = AttributeProbe(ProbeConfig())
+    clip = np.random.default_rng(0).integers(0, 256, (1, 16, 80, 80, 3), dtype=np.uint8)
+    video = probe.prepare(torch.from_numpy(clip))
+    assert video.shape == (1, 3, 8, 32, 32)
+    for k in range(8):
+        want = crop_resize(clip[0, 2 * k], 32).astype(np.float32)
+        got = (video[0, :, k].permute(1, 2, 0) + 1) * 127.5
+        assert np.abs(got.numpy() - want).max() <= 0.51  # rounding to uint8
+    few = probe.prepare(torch.from_numpy(clip[:, :3]))
+    assert torch.equal(few[:, :, 0], few[:, :, 2]) and not torch.equal(few[:, :, 0], few[:, :, 3])
+    with pytest.raises(ValueError, match="uint8"):
+        probe.prepare(torch.zeros(1, 8, 32, 32, 3))
+
+
+def test_every_parameter_learns_and_clips_do_not_mix_in_eval():
+    probe = AttributeProbe(ProbeConfig())
+    frames = torch.randint(0, 256, (4, 8, 32, 32, 3), dtype=torch.uint8)
+    targets = {n: torch.randint(len(v), (4,)) for n, v in ATTRIBUTES.items()}
+    probe_loss(probe(frames), targets).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in probe.heads.parameters())
+    assert all(p.grad is not None for p in probe.parameters())
+    probe.eval()
+    assert probe.features(frames).shape == (4, 2 * probe.config.features)
+    alone = probe.predict(frames[2:3])
+    assert all(alone[n] == p[2] for n, p in probe.predict(frames, batch_size=3).items())
+    probe.train()
+    probe.predict(frames)
+    assert probe.training  # left as it was found
+
+
+def test_loss_ignores_undefined_targets():
+    logits = {"hair_color": torch.randn(3, 3)}
+    kept = probe_loss(
+        {"hair_color": logits["hair_color"][:2]}, {"hair_color": torch.tensor([0, 2])}
+    )
+    loss = probe_loss(logits, {"hair_color": torch.tensor([0, 2, UNDEFINED])})
+    assert torch.allclose(loss, kept)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_targets_are_undefined_for_the_hair_of_bald_heads():
+    clips = [c.attributes for c in plan(40, seed=0)]
+    targets = targets_of(clips)
+    for k, clip in enumerate(clips):
+        assert (targets["hair_color"][k] == UNDEFINED) == (clip.hair_style == "bald")
+
+
+def test_score_in_closed_form():
+    targets = {"a": torch.tensor([0, 0, 0, 1]), "b": torch.tensor([1, UNDEFINED, 0, 1])}
+    read = {"a": torch.tensor([0, 0, 1, 1]), "b": torch.tensor([1, 0, 0, 0])}
+    result = score(read, targets)
+    assert result.accuracy == {"a": 0.75, "b": pytest.approx(2 / 3)}
+    assert result.chance == {"a": 0.75, "b": pytest.approx(2 / 3)}
+    assert result.mean == pytest.approx((0.75 + 2 / 3) / 2)
+    named = {"a": torch.tensor([True, True, False, False]), "b": torch.ones(4, dtype=torch.bool)}
+    assert score(read, targets, named).accuracy == {"a": 1.0, "b": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="a: no clip"):
+        score(read, targets, {**named, "a": torch.zeros(4, dtype=torch.bool)})
+
+
+def test_interval_covers_the_true_accuracy_as_often_as_it_says():
+    """Two attributes that fail together in a clip: 95 % of 400 intervals hold the truth."""
+    random, held = torch.Generator().manual_seed(0), 0
+    for _ in range(400):
+        right = torch.rand(100, generator=random) < 0.7
+        targets = {n: torch.zeros(100, dtype=torch.long) for n in ("a", "b")}
+        targets["b"] = torch.where(torch.rand(100, generator=random) < 0.3, UNDEFINED, 0)
+        result = score({n: (~right).long() for n in targets}, targets)
+        held += result.low <= 0.7 <= result.high
+    assert 0.91 <= held / 400 <= 0.98
+
+
+# ---------------------------------------------------------------- light without a network
+
+
+def test_light_measures_in_closed_form():
+    frames = torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8)
+    frames[:, :, :, :16] = torch.tensor([200, 100, 50], dtype=torch.uint8)
+    frames[:, :, :, 16:] = torch.tensor([100, 50, 25], dtype=torch.uint8)
+    found = {n: v.item() for n, v in light_measures(frames).items()}
+    luma = (0.2126 * 200 + 0.7152 * 100 + 0.0722 * 50) / 255
+    assert found["left_right"] == pytest.approx(1, abs=0.03)
+    assert found["level"] == pytest.approx(0.75 * luma, rel=1e-3)
+    assert found["red_blue"] == pytest.approx(2, abs=0.05)
+    assert light_measures(frames.flip(3))["left_right"].item() == pytest.approx(-1, abs=0.03)
+    odd = light_measures(frames[:, :, :, :31])  # the middle column belongs to neither half
+    assert odd["left_right"] > 0.9
+
+
+def test_light_rules_fit_and_agree_with_the_renderer():
+    base = plan(1, seed=0)[0].attributes
+    values = {n: ATTRIBUTES[n] for n in MEASURES}
+    clips = [
+        replace(base, light_dir=d, light_intensity=i, light_color_temp=t)
+        for d in values["light_dir"] for i in values["light_intensity"]
+        for t in values["light_color_temp"]
+    ]  # fmt: skip
+    frames = torch.from_numpy(np.stack([render(c, k, 32, 2, 4.0, k) for k, c in enumerate(clips)]))
+    targets = targets_of(clips)
+    rules = fit_light_rules(frames, targets)
+    for name, rule in rules.items():
+        assert torch.equal(rule.predict(frames), targets[name]), name
+    assert LightRule("light_dir", (-0.1, 0.1)).predict(frames).unique().tolist() == [0, 1, 2]
+    bright = [k for k, c in enumerate(clips) if c.light_intensity == "bright"]
+    with pytest.raises(ValueError, match="light_intensity"):
+        fit_light_rules(frames[bright], {n: t[bright] for n, t in targets.items()})
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_augmentation_is_slight_and_keyed():
+    video = torch.rand(6, 3, 2, 32, 32) * 2 - 1
+    smooth = torch.nn.functional.avg_pool3d(video, (1, 9, 9), 1, (0, 4, 4))
+    changed = train_probe.augment(smooth, torch.Generator().manual_seed(1))
+    again = train_probe.augment(smooth, torch.Generator().manual_seed(1))
+    assert torch.equal(changed, again) and changed.shape == smooth.shape
+    assert 0 < (changed - smooth).abs().mean() < 0.15 and changed.abs().max() <= 1
+
+
+def test_train_probe_command_writes_probe_and_table(tmp_path, capsys):
+    out, report = tmp_path / "probe.safetensors", tmp_path / "probe.json"
+    train_probe.main(["--clips", "60", "--epochs", "1", "--batch-size", "8", "--workers", "0",
+                      "--out", str(out), "--report", str(report)])  # fmt: skip
+    figures = json.loads(report.read_text())
+    assert figures["probe_sha256"] == load_probe(out, sha256=None).sha256
+    assert figures["probe_sha256"] in capsys.readouterr().out
+    assert 0 <= figures["probe_val_mean_accuracy"] <= 1
+    assert set(load_probe(out, sha256=None).light) == set(MEASURES)

@@ -1,0 +1,63 @@
+"""What must be alike: a run and its folder, rank and rank (those are in test_distributed.py)."""
+
+from dataclasses import replace
+
+import pytest
+
+from dalle2_video.config import ConfigError
+from dalle2_video.training.config_guard import data_facts, differences, flat
+from dalle2_video.training.loop import train
+from dalle2_video.training.stage import RunConfig
+from tests.helpers.tiny_stage import TinySet, tiny_config, tiny_stage
+
+YAML = """
+seed: 0
+mixed_precision: "no"
+run_dir: a
+data: {{root: /a, size: {size}, workers: 2}}
+tiny: {{train: {{lr: {lr}, clips: {clips}, workers: 0}}, drop: 0.1}}
+other: {{train: {{lr: {other}}}}}
+sample: {{steps: {other}}}
+"""
+
+
+def resolved(**changes) -> str:
+    return YAML.format(**{"size": 32, "lr": 0.01, "clips": 16, "other": 1} | changes)
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path, capsys) -> None:
+    run = RunConfig(str(tmp_path), section="tiny", resolved=resolved())
+    train(tiny_stage(), tiny_config(clips=16), run)
+    free = resolved(clips=24, other=7)  # longer, and another stage's learning rate
+    train(tiny_stage(), tiny_config(clips=24), replace(run, resolved=free))
+    wrong = replace(run, resolved=resolved(size=64, lr=0.02))
+    words = r"data\.size: 32 there, 64 here; tiny\.train\.lr: 0\.01 there, 0\.02 here.*force=true"
+    with pytest.raises(ConfigError, match=words):
+        train(tiny_stage(), tiny_config(), wrong)
+    assert (tmp_path / "config.yaml").read_text() == free  # as it was
+    train(tiny_stage(), tiny_config(), replace(wrong, force=True))
+    assert (tmp_path / "config.yaml").read_text() == wrong.resolved
+
+
+def test_a_folder_without_a_checkpoint_may_begin_anew(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text(resolved(lr=5))
+    run = RunConfig(str(tmp_path), section="tiny", resolved=resolved())
+    assert train(tiny_stage(), tiny_config(clips=8), run).progress.clips == 8
+
+
+def test_differences_are_few_and_named() -> None:
+    there = {f"k{i}": 0 for i in range(9)}
+    told = differences(there, {name: 1 for name in there})
+    assert told[0] == "k0: 0 there, 1 here" and told[-1] == "and 3 more" and len(told) == 7
+    assert differences({"a": 1}, {"b": 1}) == ["a: 1 there, 'none' here", "b: 'none' there, 1 here"]
+    assert flat({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+def test_data_is_told_by_its_keys() -> None:
+    class Keyed(TinySet):
+        def keys(self):
+            return [f"clip{i}" for i in range(self.num)]
+
+    assert data_facts(TinySet(4)) == {"clips": 4}
+    a, b = data_facts(Keyed(4)), data_facts(Keyed(5))
+    assert a["keys"] != b["keys"] and a == data_facts(Keyed(4))
