@@ -483,7 +483,7 @@ from dalle2_video.data.preprocess.run import preprocess
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # room for 6 clips of 4,608 bytes
 splits = {"train": 1.0}
 stored = 5.0, 6, 16, "first", "one", "raw"
-preprocess(DataConfig("test", sys.argv[1], None, *stored, 0, splits, 0, None, False, None))
+preprocess(DataConfig("test", sys.argv[1], None, *stored, 0, splits, 0, None, False))
 """
 
 
