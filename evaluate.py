@@ -29,10 +29,10 @@ from dalle2_video.evaluation.alignment import (
     nearest_clips,
 )
 from dalle2_video.evaluation.likelihood import evaluate_bits
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.probe import load_probe
 from dalle2_video.faces.writer import read_attributes
 from dalle2_video.pipeline.cascade import Cascade, sampling_bar
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.wiring import sample_config, store_of
 
 

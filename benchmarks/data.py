@@ -53,8 +53,8 @@ from dalle2_video.data.sources.captions import CATEGORIES, CaptionPolicy, to_lin
 from dalle2_video.data.store.dataset import CelebVTextDataset, ClipOrder
 from dalle2_video.data.store.store import FORMAT, ClipStore, Settings, ShardWriter, shard_paths
 from dalle2_video.data.store.texts import write_texts
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.writer import FaceFormat, draw_clip, plan
+from dalle2_video.provenance import provenance
 
 SETTINGS = Settings(8.0, 16, 64)
 RATE, SECONDS, SIDE, BITS = 25, 14, 512, 5_700_000

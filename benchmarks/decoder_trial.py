@@ -25,12 +25,12 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.video import to_float, to_uint8
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.diffusion.parameterization import to_x0
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.probe import load_probe, score, targets_of
 from dalle2_video.faces.writer import read_attributes
 from dalle2_video.models.unet3d import Condition
 from dalle2_video.pipeline.loading import load_unet
 from dalle2_video.pipeline.sampling import SampleConfig, sample_clips
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import TextEncoder, load_conditions
 from dalle2_video.stages.wiring import store_of
 

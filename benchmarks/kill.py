@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.model_file import file_hash
+from dalle2_video.provenance import provenance
 from dalle2_video.training.checkpoints import CHECKSUMS, checksum, whole_checkpoints
 from dalle2_video.training.log import read_metrics
 

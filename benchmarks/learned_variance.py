@@ -69,9 +69,9 @@ from dalle2_video.diffusion.variance import (
 )
 from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.evaluation.likelihood import bits_of, to_values
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.probe import load_probe
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.wiring import store_of
 from dalle2_video.training.muon import Muon
 from dalle2_video.training.optimizer import param_groups

@@ -40,10 +40,10 @@ from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
 from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.evaluation.likelihood import evaluate_bits
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.model_file import load_model
 from dalle2_video.models.unet3d import Condition
 from dalle2_video.pipeline.sampling import ClipSampling, sample_clips
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import load_conditions
 from dalle2_video.stages.unet import UnetSection, decoder_stage
 from dalle2_video.stages.wiring import run_config, sample_config, store_of

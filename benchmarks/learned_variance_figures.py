@@ -36,7 +36,7 @@ from benchmarks.learned_variance import (
 )
 from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.likelihood import FIXED
-from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.provenance import provenance
 
 IMAGES = ROOT / "docs" / "images"
 STUDENT = (  # by degrees of freedom, 95 %

@@ -37,13 +37,13 @@ from dalle2_video.data.media.sheet import save_sheet
 from dalle2_video.data.media.video import decode_clip, to_float, to_uint8
 from dalle2_video.diffusion.lowres import window_starts
 from dalle2_video.diffusion.objective import DiffusionConfig
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.light import LUMA
 from dalle2_video.faces.writer import FaceFormat, draw_clip, plan
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
 from dalle2_video.pipeline.cascade import Cascade
 from dalle2_video.pipeline.loading import load_unet
 from dalle2_video.pipeline.sampling import ClipSampling, sample_clips, sample_embeddings
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.wiring import sample_config
 
 ROOT = Path(__file__).parents[1]

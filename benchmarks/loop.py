@@ -26,7 +26,7 @@ from torch import nn
 from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.store.dataset import Batch
-from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import load_conditions
 from dalle2_video.stages.unet import UnetSection, decoder_stage
 from dalle2_video.stages.wiring import sample_config, store_of

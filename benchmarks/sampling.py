@@ -28,12 +28,12 @@ from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of
 from dalle2_video.evaluation.frechet import frechet_distance, frechet_interval
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.probe import load_probe, score, targets_of
 from dalle2_video.faces.writer import read_attributes
 from dalle2_video.models.unet3d import Condition
 from dalle2_video.pipeline.cascade import Cascade
 from dalle2_video.pipeline.sampling import SampleConfig, sample_clips, sample_embeddings
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.wiring import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]

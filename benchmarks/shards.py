@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.models.unet3d import Condition, Unet3D
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.unet import UnetSection
 from dalle2_video.training import loop
 from dalle2_video.training.memory import fixed_parts

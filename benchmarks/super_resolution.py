@@ -34,11 +34,11 @@ from dalle2_video.diffusion.lowres import blend, fit, known_frames
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.evaluation.frechet import frechet_distance
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.probe import load_probe
 from dalle2_video.models.unet3d import Condition
 from dalle2_video.pipeline.loading import load_clip, load_prior, load_unet
 from dalle2_video.pipeline.sampling import Smaller, sample_clips, sample_embeddings
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import TextEncoder
 from dalle2_video.stages.wiring import sample_config, store_of
 

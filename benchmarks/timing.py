@@ -25,11 +25,11 @@ from dalle2_video.data.media.video import to_float
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.faces.attributes import ATTRIBUTES, FaceAttributes
 from dalle2_video.faces.probe import AttributeProbe, load_probe
 from dalle2_video.faces.writer import read_attributes
 from dalle2_video.pipeline.cascade import Cascade, sampling_bar
+from dalle2_video.provenance import provenance
 from dalle2_video.stages.wiring import sample_config, store_of
 
 ROOT = Path(__file__).parents[1]

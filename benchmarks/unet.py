@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.evaluation.provenance import provenance
 from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]  # one forward pass

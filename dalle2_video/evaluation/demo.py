@@ -16,7 +16,7 @@ import torch
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.evaluation.page import write_page
-from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.provenance import provenance
 
 # Of the minutes that are left for training.
 SHARES = {"clip": 0.14, "prior": 0.09, "base": 0.64, "tsr": 0.05, "ssr": 0.08}

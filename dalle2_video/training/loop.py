@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from dalle2_video import keyed
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.store.dataset import train_loader
-from dalle2_video.evaluation.provenance import provenance
+from dalle2_video.provenance import provenance
 from dalle2_video.training.accelerator import autocast_forward, make_accelerator
 from dalle2_video.training.checkpoints import Checkpoints, Progress, saved_progress, strategy_of
 from dalle2_video.training.config_guard import check_folder, check_ranks, data_facts, from_yaml

@@ -1,4 +1,4 @@
-"""Where a figure comes from: commit, hardware, versions."""
+"""Where a measured number comes from: commit, hardware, versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """commit, hardware and versions, to stand beside figures in a JSON file."""
+    """commit, hardware and versions, to stand beside the metrics of a JSON file."""
     return {
         "commit": commit(),
         "hardware": f"{os.cpu_count()} cores, {processor()}",
