@@ -4,7 +4,8 @@
 the image, light_dir left brightens the left side of the image.
 
 An appearance combination is (hair_color, hair_style, beard, glasses, clothing, skin). A seeded
-fifth of all combinations is held out: ids of the split `combo` draw only those, all others never.
+fifth of all combinations is held out: clips of the split `heldout` show no others, and all other
+clips none of them.
 """
 
 import hashlib

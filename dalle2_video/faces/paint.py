@@ -1,19 +1,16 @@
-"""What is painted on the head of `face_render`: eyes, brows, mouth, beard, glasses, strands.
+"""What is painted on the head: eyes, brows, mouth, beard, glasses and the strands of the hair.
 
 All distances are in face coordinates (U, V), in units of the head's half width; |U| mirrors the
 eyes, brows and glasses exactly. Expression: smile in [-1, 1], open and blink in [0, 1], per frame.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dalle2_video.faces.attributes import FaceAttributes
+from dalle2_video.faces.identity import Identity
 from dalle2_video.faces.motion import FloatArray, Motion, smoothstep
-
-if TYPE_CHECKING:
-    from dalle2_video.faces.render import Identity
 
 Colour = tuple[float, float, float]
 
@@ -30,7 +27,7 @@ class FacePaint:
     """All that the features depend on; `pixel` is the width of a pixel in face units."""
 
     attributes: FaceAttributes
-    person: "Identity"
+    person: Identity
     pose: Motion
     skin: Colour
     hair: Colour

@@ -2,7 +2,7 @@
 
 Trained by `python -m dalle2_video.faces.train_probe` on real renders of the train split that
 went through H.264 and the decoder of preprocess; its weights are part of the package and pinned by
-SHA-256, so that figures of different days compare. `score` turns readings into accuracies.
+SHA-256, so that metrics of different days compare. `score` turns readings into accuracies.
 
 Letters: B batch, F frames, H W pixels, D features.
 """
@@ -133,13 +133,13 @@ class Probe:
 def load_probe(path: Path = PROBE_PATH, sha256: str | None = PROBE_SHA256) -> Probe:
     """Read the probe. Raises ValueError when the file's SHA-256 is not the pinned one.
 
-    Give sha256=None for a probe that was trained anew.
+    Give sha256=None for a newly trained probe.
     """
     loaded = load_model(path, KIND)
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if sha256 is not None and found != sha256:
         raise ValueError(f"{path}: SHA-256 {found} is not the pinned {sha256}; restore the file, "
-                         "or pin the new one in evaluation/attributes.py")  # fmt: skip
+                         "or pin the new one in dalle2_video/faces/probe.py")  # fmt: skip
     config = {**loaded.config, "channels": tuple(loaded.config["channels"])}
     network = AttributeProbe(ProbeConfig(**config))
     load_weights(network, loaded)
@@ -151,7 +151,7 @@ def load_probe(path: Path = PROBE_PATH, sha256: str | None = PROBE_SHA256) -> Pr
 def targets_of(clips: Sequence[FaceAttributes]) -> dict[str, Tensor]:
     """True labels int64 (B,) of every attribute; UNDEFINED for the hair colour of bald heads.
 
-    The captions of a clip name every attribute that is defined (data/face_captions.py).
+    The captions of a clip name every attribute that is defined (faces/captions.py).
     """
     rows = [clip.labels() for clip in clips]
     return {name: torch.tensor([row[name] for row in rows]) for name in ATTRIBUTES}

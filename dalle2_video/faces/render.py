@@ -5,25 +5,24 @@ term, one Lambert key light and a specular lobe; the features are painted in its
 coordinates; a larger ellipsoid on the same axes carries the hair. Every edge is a coverage ramp
 one pixel wide.
 
-Axes: x right, y down, z towards the viewer; the image spans [-1, 1] in x and y. Leading letters:
-F frames, H W pixels. (U, V) are face coordinates in units of the head's half width: U = 0 on the
-nose line, V = 0 at the height of the ears, V = about 1.26 at the chin.
+Axes: x right, y down, z towards the viewer; the image spans [-1, 1] in x and y. Letters: F frames,
+H W pixels. Colours are RGB factors around [0, 1]. (U, V) are face coordinates in units of the
+head's half width: U = 0 on the nose line, V = 0 at the height of the ears, V = about 1.26 at the
+chin.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dalle2_video.faces.attributes import FaceAttributes
+from dalle2_video.faces.geometry import Light, dot, ellipsoid, rotation
+from dalle2_video.faces.identity import Identity
 from dalle2_video.faces.motion import FloatArray, Motion, motion, smoothstep
 from dalle2_video.faces.paint import FacePaint, cover, paint_face, skin_colour, strands
 
 CENTRE_Y = -0.12  # of the head
-AXES = (0.55, 0.68, 0.60)  # half width, height and depth of a mean head
 CLOTHING = {
     "red": (0.80, 0.10, 0.13),
     "green": (0.10, 0.60, 0.20),
@@ -37,111 +36,98 @@ TINT = {"warm": (1.10, 0.90, 0.66), "cold": (0.78, 0.94, 1.16), "neutral": (1.0,
 CHUNK_PIXELS = 1 << 17  # frames are rendered in groups of about this many pixels (cache, memory)
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What all clips of one person share, beside the skin; every number is a moderate variation."""
-
-    axes: tuple[float, float, float]
-    taper: float  # narrowing of the chin
-    eye_spacing: float
-    eye_size: float
-    mouth_width: float
-    nose: float
-    brow: float
-    iris: tuple[float, float, float]
-    skin_shift: float
-    background: tuple[float, float, float]
-
-    @classmethod
-    def of(cls, identity: int) -> "Identity":
-        """The person with this number; a pure function."""
-        rng = random.Random(f"identity:{identity}")
-        tone = rng.uniform(0.54, 0.62)
-        return cls(
-            axes=(
-                AXES[0] * rng.uniform(0.95, 1.05),
-                AXES[1] * rng.uniform(0.97, 1.03),
-                AXES[2],
-            ),
-            taper=rng.uniform(0.08, 0.26),
-            eye_spacing=rng.uniform(0.37, 0.42),
-            eye_size=rng.uniform(0.92, 1.08),
-            mouth_width=rng.uniform(0.94, 1.06),
-            nose=rng.uniform(0.85, 1.15),
-            brow=rng.uniform(0.9, 1.15),
-            iris=rng.choice(((0.22, 0.12, 0.06), (0.16, 0.30, 0.45), (0.18, 0.32, 0.18))),
-            skin_shift=rng.uniform(-0.02, 0.02),
-            background=(
-                tone + rng.uniform(-0.02, 0.02),
-                tone + rng.uniform(-0.02, 0.02),
-                tone + rng.uniform(-0.02, 0.02),
-            ),
-        )
+def _blend(plane: FloatArray, colour: FloatArray | float, alpha: FloatArray) -> None:
+    """plane <- colour where alpha is 1, in place."""
+    plane += alpha * (colour - plane)
 
 
-@dataclass
-class Surface:
-    """Front of an ellipsoid: coverage, depth, unit-sphere coordinates and normal, all (F,H,W)."""
-
-    alpha: FloatArray
-    z: FloatArray
-    u: FloatArray
-    v: FloatArray
-    w: FloatArray
-    normal: tuple[FloatArray, FloatArray, FloatArray]
-
-
-@dataclass
-class Light:
-    """Direction per frame in the head's rolled axes (F,1,1) and the amounts of each term."""
-
-    direction: tuple[FloatArray, FloatArray, FloatArray]
-    ambient: float
-    key: float
-
-    def shade(self, normal: tuple[FloatArray, FloatArray, FloatArray]) -> FloatArray:
-        """Ambient plus Lambert (Lambert 1760), softly wrapped around the terminator."""
-        cosine = _dot(normal, self.direction)
-        return self.ambient + self.key * np.maximum(0.9 * cosine + 0.1, 0)
-
-    def specular(
-        self, normal: tuple[FloatArray, FloatArray, FloatArray], doublings: int
-    ) -> FloatArray:
-        """Blinn-Phong lobe (Blinn 1977), exponent 2^doublings, for a viewer at z = infinity."""
-        x, y, z = self.direction
-        half = (x, y, z + 1)
-        length = np.sqrt(half[0] ** 2 + half[1] ** 2 + half[2] ** 2)
-        cosine = _dot(normal, half) / length
-        cosine = np.maximum(cosine, 0)
-        for _ in range(doublings):
-            cosine = cosine * cosine
-        return cosine
+def _shirt(canvas, colour, skin, light, x, y, pixel) -> None:
+    """Shoulders with a round neckline; fixed in the image."""
+    top = 0.60 + 0.30 * np.clip(np.abs(x) / 0.95, 0, 1.2) ** 2.2
+    bent = np.clip(x / 1.05, -0.95, 0.95)
+    facing = np.sqrt(1 - bent**2)
+    shade = light.shade((bent, np.full_like(bent, -0.25), 0.95 * facing))
+    alpha = cover(top - y, pixel)
+    collar = cover(np.sqrt((x / 0.30) ** 2 + ((y - 0.60) / 0.17) ** 2) * 0.2 - 0.2, pixel)
+    hem = cover(np.abs(np.sqrt((x / 0.30) ** 2 + ((y - 0.60) / 0.17) ** 2) * 0.2 - 0.21) - 0.012,
+                pixel)  # fmt: skip
+    for plane, shirt, flesh in zip(canvas, colour, skin, strict=True):
+        tone = shirt * (1 - 0.18 * hem)
+        _blend(plane, (tone + collar * (0.85 * flesh - tone)) * shade, alpha)
 
 
-def render(
-    attributes: FaceAttributes,
-    identity: int,
-    size: int,
-    num_frames: int,
-    fps: float,
-    seed: int = 0,
-) -> NDArray[np.uint8]:
-    """Draw one clip: RGB uint8 (F, size, size, 3), 0..255, frame k at k / fps seconds.
+def _falling_hair(canvas, colour, light, x, y, pixel) -> None:
+    """Long hair behind the head, down to the shoulders; hangs straight when the head leans."""
+    width = 0.66 + 0.08 * np.clip(y / 0.9, -1, 1)
+    reach = np.sqrt(np.maximum(1 - (np.minimum(y, 0) / 0.7) ** 2, 0))
+    edge = np.maximum(np.abs(x) - width * reach, -0.7 - y)
+    bottom = y - 0.85 + 0.10 * (x / 0.7) ** 2
+    bent = np.clip(x / 0.78, -0.95, 0.95)
+    shade = light.shade((bent, 0 * bent, np.sqrt(1 - bent**2)))
+    shade = shade * strands(x * 30, 30 * pixel)
+    alpha = cover(np.maximum(edge, bottom), pixel)
+    for plane, tone in zip(canvas, colour, strict=True):
+        _blend(plane, 0.88 * tone * shade, alpha)
 
-    A pure function: `identity` keys what a person's clips share, `seed` what varies between them
-    (place in the frame, sway, blinks). Any size from 16 px; raises ValueError below.
-    """
-    if size < 16 or num_frames < 1:
-        raise ValueError(f"size {size} (at least 16) or num_frames {num_frames} (at least 1)")
-    person, rng = Identity.of(identity), random.Random(f"place:{seed}")
-    place = (rng.uniform(-0.03, 0.03), rng.uniform(-0.02, 0.02), rng.uniform(0.97, 1.03))
-    curves = motion(attributes, num_frames, fps, seed)
-    step = max(1, CHUNK_PIXELS // (size * size))
-    chunks = []
-    for first in range(0, num_frames, step):
-        part = {k: v[first : first + step, None, None] for k, v in vars(curves).items()}
-        chunks.append(_draw(attributes, person, Motion(**part), place, size))
-    return np.concatenate(chunks)
+
+def _neck(canvas, skin, light, x, y, cx, pixel) -> None:
+    """A cylinder from the head to the neckline, in the chin's shadow."""
+    x = x - cx * np.clip((0.62 - y) / 0.5, 0, 1)
+    bent = np.clip(x / 0.27, -0.95, 0.95)
+    shade = 0.72 * light.shade((bent, 0 * bent, np.sqrt(1 - bent**2)))
+    depth = y - 0.62 - 0.13 * np.sqrt(1 - np.clip(x / 0.27, -1, 1) ** 2)
+    alpha = cover(np.maximum(np.maximum(np.abs(x) - 0.26, 0.25 - y), depth), pixel)
+    for plane, tone in zip(canvas, skin, strict=True):
+        _blend(plane, tone * shade, alpha)
+
+
+def _bumps(canvas, skin, person, light, hx, hy, turn, head, ears, pixel) -> None:
+    """Nose and ears: small ellipsoids fixed to the head, hidden where they lie behind it."""
+    a, b, d = person.axes
+    bumps = [
+        ((0.0, 0.14 * b, 0.93 * d), (0.095 * person.nose, 0.19, 0.17 * person.nose), 1.0),
+        ((-0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
+        ((0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
+    ]
+    for centre, axes, tone in bumps if ears else bumps[:1]:
+        x, y = (dot(turn[i], centre) for i in range(2))
+        near = (np.abs(hx - x) < max(axes) + 2 * pixel) & (np.abs(hy - y) < max(axes) + 2 * pixel)
+        rows, columns = near.any((0, 2)).nonzero()[0], near.any((0, 1)).nonzero()[0]
+        if not len(rows):
+            continue  # outside the frame
+        window = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        part = ellipsoid(hx[window], hy[window], turn, axes, centre, pixel)
+        front = np.clip((part.z - head.z[window]) / 0.05 + 1 - head.alpha[window], 0, 1)
+        alpha = part.alpha * front
+        shade = tone * light.shade(part.normal) * (1 - 0.25 * smoothstep(0.45, 0.95, part.v))
+        shine = 0.12 * light.specular(part.normal, 5)
+        for plane, flesh in zip(canvas, skin, strict=True):
+            _blend(plane[window], flesh * shade + shine, alpha)
+
+
+def _hair(canvas, style, colour, person, light, hx, hy, turn, pixel) -> None:
+    """A shell around the skull, cut at a hairline that depends on the longitude."""
+    a, b, d = person.axes
+    shell = ellipsoid(hx, hy, turn, (1.10 * a, 1.09 * b, 1.10 * d), (0, 0, 0), pixel)
+    radius = np.sqrt(shell.u**2 + shell.w**2) + 1e-3
+    facing = np.clip(shell.w / radius, -1, 1)  # cosine of the longitude, 1 at the nose
+    height = shell.v * (1.09 * b / a)
+    steep = 1.0  # how much faster than the height the line moves across the head
+    if style == "short":
+        line = -0.70 + 0.66 * smoothstep(0.62, 0.25, facing) + 0.5 * smoothstep(0.0, -0.4, facing)
+    else:
+        side = np.clip((0.60 - facing) / 0.24, 0, 1)
+        line = -0.74 + 2.3 * side * side * (3 - 2 * side) - 0.1 * smoothstep(0.9, 1, facing)
+        steep = 1 + 2.3 * 6 * side * (1 - side) / 0.24 * np.sqrt(1 - facing**2) / radius
+        line = line - 4 * smoothstep(0.55, 0.35, radius) * (height > 0)  # none under the chin
+    alpha = shell.alpha * cover(height - line, 1.5 * pixel / a * steep)
+    shade = light.shade(shell.normal)
+    longitude = np.arctan2(shell.u, shell.w)
+    grazing = np.maximum(shell.normal[2], 0.1)
+    shade = shade * strands(longitude * 22, 22 * pixel / (a * radius * grazing))
+    gloss = 0.10 * light.specular(shell.normal, 4)
+    for plane, tone in zip(canvas, colour, strict=True):
+        _blend(plane, tone * (shade + gloss * 2) + 0.35 * gloss, alpha)
 
 
 def _draw(
@@ -204,141 +190,27 @@ def _draw(
     return out
 
 
-def rotation(yaw: FloatArray, pitch: FloatArray) -> FloatArray:
-    """Head to image axes, yaw after pitch (roll turns the pixel grid instead): (3,3,F,1,1)."""
-    cy, sy, cp, sp = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
-    zero = np.zeros_like(cy)
-    return np.stack(
-        [
-            np.stack([cy, -sy * sp, sy * cp]),
-            np.stack([zero, cp, sp]),
-            np.stack([-sy, -cy * sp, cy * cp]),
-        ]
-    )
+def render(
+    attributes: FaceAttributes,
+    identity: int,
+    size: int,
+    num_frames: int,
+    fps: float,
+    seed: int = 0,
+) -> NDArray[np.uint8]:
+    """Frames of one clip: RGB uint8 (F, size, size, 3), 0..255, frame k at k / fps seconds.
 
-
-def ellipsoid(
-    x: FloatArray,
-    y: FloatArray,
-    turn: FloatArray,
-    axes: tuple[float, float, float],
-    centre: tuple[float, float, float],
-    pixel: float,
-) -> Surface:
-    """Nearest hit of the ray (x, y, .) with the ellipsoid at `centre` (head axes), in closed form.
-
-    The points p of the surface satisfy p^T M p = 1 with M = R diag(1/axes^2) R^T, a quadratic in z.
+    A pure function: `identity` keys what a person's clips share, `seed` what varies between them
+    (place in the frame, sway, blinks). Raises ValueError for a size below 16 px or no frame.
     """
-    inverse = 1 / np.square(np.asarray(axes, np.float32))
-    m = np.einsum("ik...,k,jk...->ij...", turn, inverse, turn)
-    offset = np.einsum("ij...,j->i...", turn, np.asarray(centre, np.float32))
-    x, y = x - offset[0], y - offset[1]
-    linear = m[0, 2] * x + m[1, 2] * y
-    square = m[0, 0] * x * x + 2 * m[0, 1] * x * y + m[1, 1] * y * y
-    outline = np.sqrt(np.maximum(square - linear**2 / m[2, 2], 1e-6))  # 1 on the silhouette
-    alpha = np.clip((1 - outline) / outline * np.sqrt(x * x + y * y) / pixel + 0.5, 0, 1)
-    z = (np.sqrt(np.maximum(1 - outline**2, 0) * m[2, 2]) - linear) / m[2, 2]
-    point = (x, y, z)
-    u, v, w = (_dot(turn[:, i], point) / axes[i] for i in range(3))
-    n = [_dot(m[i], point) for i in range(3)]
-    length = np.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2) + 1e-6
-    return Surface(alpha, z + offset[2], u, v, w, (n[0] / length, n[1] / length, n[2] / length))
-
-
-def _dot(first: Sequence[Any] | FloatArray, second: Sequence[Any] | FloatArray) -> FloatArray:
-    """Scalar product of two vectors of three arrays or numbers."""
-    return first[0] * second[0] + first[1] * second[1] + first[2] * second[2]
-
-
-def _blend(plane: FloatArray, colour: FloatArray | float, alpha: FloatArray) -> None:
-    """plane <- colour where alpha is 1, in place."""
-    plane += alpha * (colour - plane)
-
-
-def _shirt(canvas, colour, skin, light, x, y, pixel) -> None:
-    """Shoulders with a round neckline; fixed in the image."""
-    top = 0.60 + 0.30 * np.clip(np.abs(x) / 0.95, 0, 1.2) ** 2.2
-    bent = np.clip(x / 1.05, -0.95, 0.95)
-    facing = np.sqrt(1 - bent**2)
-    shade = light.shade((bent, np.full_like(bent, -0.25), 0.95 * facing))
-    alpha = cover(top - y, pixel)
-    collar = cover(np.sqrt((x / 0.30) ** 2 + ((y - 0.60) / 0.17) ** 2) * 0.2 - 0.2, pixel)
-    hem = cover(np.abs(np.sqrt((x / 0.30) ** 2 + ((y - 0.60) / 0.17) ** 2) * 0.2 - 0.21) - 0.012,
-                pixel)  # fmt: skip
-    for plane, shirt, flesh in zip(canvas, colour, skin, strict=True):
-        tone = shirt * (1 - 0.18 * hem)
-        _blend(plane, (tone + collar * (0.85 * flesh - tone)) * shade, alpha)
-
-
-def _falling_hair(canvas, colour, light, x, y, pixel) -> None:
-    """Long hair behind the head, down to the shoulders; hangs straight when the head leans."""
-    width = 0.66 + 0.08 * np.clip(y / 0.9, -1, 1)
-    reach = np.sqrt(np.maximum(1 - (np.minimum(y, 0) / 0.7) ** 2, 0))
-    edge = np.maximum(np.abs(x) - width * reach, -0.7 - y)
-    bottom = y - 0.85 + 0.10 * (x / 0.7) ** 2
-    bent = np.clip(x / 0.78, -0.95, 0.95)
-    shade = light.shade((bent, 0 * bent, np.sqrt(1 - bent**2)))
-    shade = shade * strands(x * 30, 30 * pixel)
-    alpha = cover(np.maximum(edge, bottom), pixel)
-    for plane, tone in zip(canvas, colour, strict=True):
-        _blend(plane, 0.88 * tone * shade, alpha)
-
-
-def _neck(canvas, skin, light, x, y, cx, pixel) -> None:
-    """A cylinder from the head to the neckline, in the chin's shadow."""
-    x = x - cx * np.clip((0.62 - y) / 0.5, 0, 1)
-    bent = np.clip(x / 0.27, -0.95, 0.95)
-    shade = 0.72 * light.shade((bent, 0 * bent, np.sqrt(1 - bent**2)))
-    depth = y - 0.62 - 0.13 * np.sqrt(1 - np.clip(x / 0.27, -1, 1) ** 2)
-    alpha = cover(np.maximum(np.maximum(np.abs(x) - 0.26, 0.25 - y), depth), pixel)
-    for plane, tone in zip(canvas, skin, strict=True):
-        _blend(plane, tone * shade, alpha)
-
-
-def _bumps(canvas, skin, person, light, hx, hy, turn, head, ears, pixel) -> None:
-    """Nose and ears: small ellipsoids fixed to the head, hidden where they lie behind it."""
-    a, b, d = person.axes
-    bumps = [
-        ((0.0, 0.14 * b, 0.93 * d), (0.095 * person.nose, 0.19, 0.17 * person.nose), 1.0),
-        ((-0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
-        ((0.99 * a, -0.02, -0.03), (0.075, 0.16, 0.12), 0.9),
-    ]
-    for centre, axes, tone in bumps if ears else bumps[:1]:
-        x, y = (_dot(turn[i], centre) for i in range(2))
-        near = (np.abs(hx - x) < max(axes) + 2 * pixel) & (np.abs(hy - y) < max(axes) + 2 * pixel)
-        rows, columns = near.any((0, 2)).nonzero()[0], near.any((0, 1)).nonzero()[0]
-        if not len(rows):
-            continue  # outside the frame
-        window = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        part = ellipsoid(hx[window], hy[window], turn, axes, centre, pixel)
-        front = np.clip((part.z - head.z[window]) / 0.05 + 1 - head.alpha[window], 0, 1)
-        alpha = part.alpha * front
-        shade = tone * light.shade(part.normal) * (1 - 0.25 * smoothstep(0.45, 0.95, part.v))
-        shine = 0.12 * light.specular(part.normal, 5)
-        for plane, flesh in zip(canvas, skin, strict=True):
-            _blend(plane[window], flesh * shade + shine, alpha)
-
-
-def _hair(canvas, style, colour, person, light, hx, hy, turn, pixel) -> None:
-    """A shell around the skull, cut at a hairline that depends on the longitude."""
-    a, b, d = person.axes
-    shell = ellipsoid(hx, hy, turn, (1.10 * a, 1.09 * b, 1.10 * d), (0, 0, 0), pixel)
-    radius = np.sqrt(shell.u**2 + shell.w**2) + 1e-3
-    facing = np.clip(shell.w / radius, -1, 1)  # cosine of the longitude, 1 at the nose
-    height = shell.v * (1.09 * b / a)
-    steep = 1.0  # how much faster than the height the line moves across the head
-    if style == "short":
-        line = -0.70 + 0.66 * smoothstep(0.62, 0.25, facing) + 0.5 * smoothstep(0.0, -0.4, facing)
-    else:
-        side = np.clip((0.60 - facing) / 0.24, 0, 1)
-        line = -0.74 + 2.3 * side * side * (3 - 2 * side) - 0.1 * smoothstep(0.9, 1, facing)
-        steep = 1 + 2.3 * 6 * side * (1 - side) / 0.24 * np.sqrt(1 - facing**2) / radius
-        line = line - 4 * smoothstep(0.55, 0.35, radius) * (height > 0)  # none under the chin
-    alpha = shell.alpha * cover(height - line, 1.5 * pixel / a * steep)
-    shade = light.shade(shell.normal)
-    longitude = np.arctan2(shell.u, shell.w)
-    grazing = np.maximum(shell.normal[2], 0.1)
-    shade = shade * strands(longitude * 22, 22 * pixel / (a * radius * grazing))
-    gloss = 0.10 * light.specular(shell.normal, 4)
-    for plane, tone in zip(canvas, colour, strict=True):
-        _blend(plane, tone * (shade + gloss * 2) + 0.35 * gloss, alpha)
+    if size < 16 or num_frames < 1:
+        raise ValueError(f"size {size} (at least 16) or num_frames {num_frames} (at least 1)")
+    person, rng = Identity.of(identity), random.Random(f"place:{seed}")
+    place = (rng.uniform(-0.03, 0.03), rng.uniform(-0.02, 0.02), rng.uniform(0.97, 1.03))
+    curves = motion(attributes, num_frames, fps, seed)
+    step = max(1, CHUNK_PIXELS // (size * size))
+    chunks = []
+    for first in range(0, num_frames, step):
+        part = {k: v[first : first + step, None, None] for k, v in vars(curves).items()}
+        chunks.append(_draw(attributes, person, Motion(**part), place, size))
+    return np.concatenate(chunks)

@@ -2,15 +2,13 @@
 
 Clips of the train split are drawn, encoded as H.264 and decoded as preprocess does (4 frames a
 second, 32 px). Slight noise, blur, shift and brightness changes make the probe read samples of a
-model too. The figures are those of `val` and `combo`, which it has not seen; they go
-to a flat JSON.
+model too. The metrics are those of `val` and `heldout`, which it has not seen; they go to a flat
+JSON.
 """
 
 import argparse
 import json
 import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -20,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle2_video.data.media.video import decode_clip
+from dalle2_video.data.atomic import write_json
+from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.pool import WorkerPool
-from dalle2_video.faces.attributes import ATTRIBUTES
 from dalle2_video.faces.light import fit_light_rules
+from dalle2_video.faces.plan import FRACTIONS, FaceClip, plan
 from dalle2_video.faces.probe import (
     KIND,
     PROBE_PATH,
@@ -35,9 +34,10 @@ from dalle2_video.faces.probe import (
     score,
     targets_of,
 )
-from dalle2_video.faces.writer import FaceClip, FaceFormat, draw_clip, plan
+from dalle2_video.faces.writer import FaceFormat, draw_clip
 from dalle2_video.keyed import generator
 from dalle2_video.model_file import save_model
+from dalle2_video.provenance import provenance
 
 
 def decoded(clip: FaceClip) -> np.ndarray:
@@ -102,25 +102,31 @@ def train(
     return probe.eval()
 
 
-def flat(split: str, result: Score) -> dict[str, float]:
-    """Named figures of one split."""
-    figures = {f"probe_{split}_mean_accuracy": result.mean, f"probe_{split}_clips": result.clips}
-    figures |= {f"probe_{split}_mean_accuracy_low": result.low}
-    figures |= {f"probe_{split}_mean_accuracy_high": result.high}
-    figures |= {f"probe_{split}_chance_mean": result.mean_chance}
-    figures |= {f"probe_{split}_accuracy_{k}": v for k, v in result.accuracy.items()}
-    return {name: round(value, 4) for name, value in figures.items()}
+def metrics_of(split: str, result: Score, by_rule: Score) -> dict[str, float]:
+    """Flat metrics of one split: of the network, and of the light rules."""
+    metrics = {
+        f"probe_{split}_mean_accuracy": result.mean,
+        f"probe_{split}_clips": result.clips,
+        f"probe_{split}_mean_accuracy_low": result.low,
+        f"probe_{split}_mean_accuracy_high": result.high,
+        f"probe_{split}_chance_mean": result.mean_chance,
+    }
+    metrics |= {f"probe_{split}_accuracy_{k}": v for k, v in result.accuracy.items()}
+    metrics |= {f"light_rule_{split}_accuracy_{k}": v for k, v in by_rule.accuracy.items()}
+    return {name: round(value, 4) for name, value in metrics.items()}
 
 
-def _commit() -> str:
-    """The commit that the working tree stands on; "none" outside a repository."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "none"
+def print_table(split: str, result: Score, by_rule: Score) -> None:
+    """Accuracy of every attribute on one split, with chance."""
+    interval = f"{result.low:.1%} to {result.high:.1%}"
+    print(f"\n{split}, {result.clips} clips: mean {result.mean:.1%} ({interval})")
+    for name, accuracy in result.accuracy.items():
+        rule = by_rule.accuracy.get(name)
+        without = "" if rule is None else f"   without a network {rule:.1%}"
+        print(f"  {name:17}{accuracy:7.1%}  chance {result.chance[name]:.1%}{without}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Draw, train, save, measure with the saved file, print and write the table."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dalle2_video.faces.train_probe",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -134,18 +140,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=PROBE_PATH)
     parser.add_argument("--report", type=Path, default=Path("benchmarks/results/probe.json"))
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw, train and save; then measure the saved file, print the metrics and write them."""
+    given = parse(arguments)
     torch.set_num_threads(given.threads)
 
     clips = plan(given.clips, given.seed)
     begin = time.perf_counter()
     frames = draw_all(clips, given.workers)
     drawn = time.perf_counter()
-    splits = {
-        s: [k for k, c in enumerate(clips) if c.split == s] for s in ("train", "val", "combo")
-    }
-    targets = {s: targets_of([clips[k].attributes for k in rows]) for s, rows in splits.items()}
-    known = frames[splits["train"]]
+    rows = {s: [k for k, clip in enumerate(clips) if clip.split == s] for s in FRACTIONS}
+    targets = {s: targets_of([clips[k].attributes for k in part]) for s, part in rows.items()}
+    known = frames[rows["train"]]
     probe = train(known, targets["train"], given.epochs, given.batch_size, given.lr, given.seed)
     trained = time.perf_counter()
 
@@ -155,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     save_model(given.out, KIND, vars(probe.config), probe.state_dict(), meta)
     loaded = load_probe(given.out, sha256=None)
 
-    figures: dict[str, float | str | int] = {
+    metrics: dict[str, float | str | int] = {
         "probe_parameters": sum(p.numel() for p in probe.parameters()),
         "probe_file_bytes": given.out.stat().st_size,
         "probe_train_clips": len(known),
@@ -163,29 +172,14 @@ def main(arguments: list[str] | None = None) -> None:
         "probe_train_seconds": round(trained - drawn, 1),
         "probe_train_threads": given.threads,
     }
-    for split in ("val", "combo"):
-        held = frames[splits[split]]
-        result = score(loaded.network.predict(held), targets[split])
-        figures |= flat(split, result)
-        by_rule = score({n: r.predict(held) for n, r in loaded.light.items()}, targets[split])
-        figures |= {f"light_rule_{split}_accuracy_{n}": round(a, 4)
-                    for n, a in by_rule.accuracy.items()}  # fmt: skip
-        interval = f"{result.low:.1%} to {result.high:.1%}"
-        print(f"\n{split}, {result.clips} clips: mean {result.mean:.1%} ({interval})")
-        for name in ATTRIBUTES:
-            rule = f"   without a network {by_rule.accuracy[name]:.1%}" if name in rules else ""
-            print(
-                f"  {name:17}{result.accuracy[name]:7.1%}  chance {result.chance[name]:.1%}{rule}"
-            )
-    figures |= {
-        "probe_sha256": loaded.sha256,
-        "commit": _commit(),
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-    }
-    given.report.parent.mkdir(parents=True, exist_ok=True)
-    given.report.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(f"\nSHA-256 {loaded.sha256}: pin it as PROBE_SHA256 in evaluation/attributes.py")
+    for split in ("val", "heldout"):
+        unseen = frames[rows[split]]
+        result = score(loaded.network.predict(unseen), targets[split])
+        by_rule = score({n: r.predict(unseen) for n, r in loaded.light.items()}, targets[split])
+        metrics |= metrics_of(split, result, by_rule)
+        print_table(split, result, by_rule)
+    write_json(given.report, metrics | {"probe_sha256": loaded.sha256} | provenance())
+    print(f"\nSHA-256 {loaded.sha256}: pin it as PROBE_SHA256 in dalle2_video/faces/probe.py")
 
 
 if __name__ == "__main__":

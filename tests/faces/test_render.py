@@ -5,18 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dalle2_video.faces.attributes import (
-    ATTRIBUTES,
-    FaceAttributes,
-)
+from dalle2_video.faces.attributes import ATTRIBUTES
+from dalle2_video.faces.geometry import ellipsoid, rotation
+from dalle2_video.faces.identity import Identity
 from dalle2_video.faces.motion import motion
-from dalle2_video.faces.render import Identity, ellipsoid, render, rotation
-
-BASE = FaceAttributes(
-    hair_color="black", hair_style="short", beard="none", glasses="none", skin="light",
-    clothing="green", emotion="neutral", action="nod", light_dir="front",
-    light_intensity="bright", light_color_temp="neutral", action_start=0.3, action_length=0.7,
-)  # fmt: skip
+from dalle2_video.faces.render import render
+from tests.helpers.faces import BASE
 
 
 def draw(size=32, frames=1, seed=3, **changes) -> np.ndarray:
