@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
+from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.data.media.sheet import save_sheet
-from dalle2_video.data.media.video import encode_mp4
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.evaluation.alignment import (

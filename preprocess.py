@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     from dalle2_video.data.preprocess.pool import WorkerLost
     from dalle2_video.data.preprocess.run import preprocess
     from dalle2_video.data.sources.archives import ArchiveError
-    from dalle2_video.data.store.store import StoreError
+    from dalle2_video.data.store.shard import StoreError
     from dalle2_video.stages.wiring import render_faces
 
     config = from_config(DataConfig, cfg.data, "data")

@@ -45,15 +45,17 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import DataConfig, open_store
+from dalle2_video.data.config import DataConfig, Settings
 from dalle2_video.data.preprocess.pool import WorkerPool
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.archives import Member, find_sources
 from dalle2_video.data.sources.captions import CATEGORIES, CaptionPolicy, to_line
 from dalle2_video.data.store.dataset import CelebVTextDataset, ClipOrder
-from dalle2_video.data.store.store import FORMAT, ClipStore, Settings, ShardWriter, shard_paths
+from dalle2_video.data.store.shard import FORMAT, ShardWriter, shard_paths
+from dalle2_video.data.store.store import ClipStore, open_store
 from dalle2_video.data.store.texts import write_texts
-from dalle2_video.faces.writer import FaceFormat, draw_clip, plan
+from dalle2_video.faces.plan import plan
+from dalle2_video.faces.writer import FaceFormat, draw_clip
 from dalle2_video.provenance import provenance
 
 SETTINGS = Settings(8.0, 16, 64)
@@ -223,13 +225,13 @@ def _ratio(a: list[float], b: list[float]) -> float:
 def write_big_store(root: Path, shards: int, per_shard: int, settings: Settings) -> None:
     """A store of noise with short texts."""
     noise = np.random.default_rng(0).integers(0, 256, (64, *settings.shape), dtype=np.uint8)
-    times = np.arange(settings.num_frames) / settings.fps
+    timestamps = np.arange(settings.num_frames) / settings.fps
     for shard in range(shards):
         name = f"big_{shard:03d}"
         ids = [f"b{shard:03d}{k:06d}x_0_0" for k in range(per_shard)]
         with ShardWriter(root, name, settings, per_shard) as writer:
             for k in range(per_shard):
-                writer.append(noise[k % len(noise)], times)
+                writer.append(noise[k % len(noise)], timestamps)
         texts = [to_line("One line."), to_line("And another one.")]
         lines = {category: texts for category in CATEGORIES}
         write_texts(shard_paths(root, name)[1], [lines] * per_shard)

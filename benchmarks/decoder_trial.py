@@ -22,7 +22,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.faces.probe import load_probe, score, targets_of

@@ -34,7 +34,7 @@ from benchmarks.learned_variance_figures import IMAGES, draw_clips, half_width, 
 from benchmarks.sampling import Judge
 from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.diffusion.frequencies import to_frequencies
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma

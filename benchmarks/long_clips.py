@@ -33,8 +33,9 @@ from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
+from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.sheet import save_sheet
-from dalle2_video.data.media.video import decode_clip, to_float, to_uint8
+from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.diffusion.lowres import window_starts
 from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.faces.light import LUMA

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.media.video import to_uint8
+from dalle2_video.data.media.tensors import to_uint8
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of

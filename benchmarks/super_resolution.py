@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dalle2_video import keyed
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.sheet import save_sheet
-from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.diffusion.lowres import blend, fit, known_frames

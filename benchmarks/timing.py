@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.media.video import to_float
+from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of

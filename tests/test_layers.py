@@ -53,3 +53,20 @@ def test_entry_scripts_only_wire() -> None:
     scripts = ["preprocess", "train_clip", "train_prior", "train_decoder", "sample", "evaluate"]
     for name in scripts:
         assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 80
+
+
+# Inside data/, from the bottom up: sources/ and media/ do not know each other.
+INSIDE_DATA: dict[str, set[str]] = {"atomic": set(), "config": {"atomic"}}
+INSIDE_DATA |= {name: {"atomic", "config"} for name in ("sources", "media")}
+INSIDE_DATA["store"] = {"atomic", "config", "sources", "media"}
+INSIDE_DATA["preprocess"] = {*INSIDE_DATA["store"], "store"}
+
+
+@pytest.mark.parametrize("part", INSIDE_DATA)
+def test_the_order_inside_data(part: str) -> None:
+    folder = PACKAGE / "data" / part
+    for path in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        source = path.read_text().replace("dalle2_video.data.", "dalle2_video.data_")
+        found = {n.removeprefix("data_") for n in imported(source) if n.startswith("data_")}
+        breach = found - INSIDE_DATA[part] - {part}
+        assert not breach, f"{path}: data/{part} must not import {', '.join(sorted(breach))}"

@@ -1,11 +1,47 @@
-"""Section `data` of the configuration, and the store that it names."""
+"""Section `data` of the configuration, and how it stores clips."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle2_video.data.store.store import ClipStore, Settings, StoreError
+CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the clips of a store were made.
+
+    fps, num_frames, size: frames per second, frames per window, side in pixels. span: "first" takes
+    the first num_frames / fps seconds, "full" spreads the frames over the whole clip (fps is then
+    only the rate at which they are shown). windows: "one", or "all" that fit into the clip, end to
+    end. encoding: "raw" frames, or "h264", visually lossless and decoded on reading.
+    """
+
+    fps: float
+    num_frames: int
+    size: int
+    span: str = "first"
+    windows: str = "one"
+    encoding: str = "raw"
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0 or self.num_frames < 1 or self.size < 1:
+            raise ValueError("fps, num_frames and size must be positive")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)}")
+        if self.span == "full" and self.windows == "all":
+            raise ValueError("span=full makes one window of the whole clip: windows must be one")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(F, H, W, 3) of one window."""
+        return self.num_frames, self.size, self.size, 3
+
+    def view_fps(self, num_frames: int) -> float:
+        """Frames per second of a view (see `media.tensors.to_float`) of num_frames frames."""
+        return self.fps * num_frames / self.num_frames
 
 
 @dataclass(frozen=True)
@@ -56,14 +92,3 @@ class DataConfig:
             windows=self.windows,
             encoding=self.encoding,
         )
-
-
-def open_store(config: DataConfig) -> ClipStore:
-    """The store of this configuration; StoreError where it is absent or made otherwise."""
-    store = ClipStore.open(config.store, config.splits, config.split_seed)
-    if store.settings != config.settings:
-        raise StoreError(
-            f"{config.store} holds clips of {store.settings}, data asks for {config.settings}: "
-            "choose another data.out, or run preprocess with data.overwrite=true"
-        )
-    return store

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import join_lines
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.faces.attributes import FaceAttributes

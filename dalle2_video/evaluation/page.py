@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import av
 import numpy as np
 
-from dalle2_video.data.media.video import encode_mp4
+from dalle2_video.data.media.encode import encode_mp4
 
 if TYPE_CHECKING:
     from dalle2_video.evaluation.demo import Row

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dalle2_video.data.media.video import has_view, to_float, to_uint8
+from dalle2_video.data.media.tensors import has_view, to_float, to_uint8
 from dalle2_video.data.sources.captions import pack_lines, text_to_lines, to_line
 from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.model_file import (

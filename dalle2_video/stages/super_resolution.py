@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
-from dalle2_video.data.media.video import to_float
+from dalle2_video.data.media.tensors import to_float
 from dalle2_video.diffusion.lowres import augment, cut, fit
 from dalle2_video.models.unet3d import Low, UnetConfig
 from dalle2_video.training.stage import StepInfo

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dalle2_video import keyed
 from dalle2_video.config import ConfigError
-from dalle2_video.data.media.video import to_float, to_uint8
+from dalle2_video.data.media.tensors import has_view, to_float, to_uint8
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import Batch
 from dalle2_video.diffusion.lowres import blend, known_frames
@@ -182,7 +182,7 @@ def decoder_stage(
     clip, diffusion = conditions.clip, section.diffusion
     data, model = conditions.train_set.store.settings, section.model
     fps = data.view_fps(model.num_frames)
-    if not data.has_view(model.num_frames, model.image_size):
+    if not has_view(data.num_frames, data.size, model.num_frames, model.image_size):
         raise ConfigError(
             f"unets.{name}.model makes {model.num_frames} frames of {model.image_size} px, the "
             f"clips in {conditions.train_set.store.root} have {data.num_frames} frames of "

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from dalle2_video import keyed
 from dalle2_video.config import ConfigError
-from dalle2_video.data.media.video import to_float
+from dalle2_video.data.media.tensors import has_view, to_float
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import Batch, CelebVTextDataset, embedding_keys
 from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
@@ -237,7 +237,7 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
     refuse_accumulation(section.train, process_state().num_processes)
     data, video = store.settings, section.model.video
     view = video.num_frames, video.image_size
-    if not data.has_view(*view):
+    if not has_view(data.num_frames, data.size, *view):
         raise ConfigError(
             f"clip.model.video takes {video.num_frames} frames of {video.image_size} px, the clips "
             f"in {store.root} have {data.num_frames} frames of {data.size} px"

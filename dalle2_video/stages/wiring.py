@@ -9,9 +9,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dalle2_video.config import ConfigError, from_config
-from dalle2_video.data.config import DataConfig, open_store
+from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.data.store.store import ClipStore, index_paths
+from dalle2_video.data.store.shard import index_paths
+from dalle2_video.data.store.store import ClipStore, open_store
 from dalle2_video.faces.writer import FacesConfig, write_dataset
 from dalle2_video.pipeline.sampling import SampleConfig
 from dalle2_video.training.accelerator import process_state

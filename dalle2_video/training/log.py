@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from dalle2_video.data.media.video import encode_mp4
+from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.training.stage import RunConfig, Sample
 
 

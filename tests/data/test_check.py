@@ -15,7 +15,8 @@ from PIL import Image
 
 from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.data.store.store import ClipStore, StoreError, shard_paths
+from dalle2_video.data.store.shard import StoreError, shard_paths
+from dalle2_video.data.store.store import ClipStore
 from tests.data.test_preprocess import clips, config
 from tests.helpers.launching import ROOT
 from tests.helpers.media import clip_id, write_zip
@@ -50,7 +51,7 @@ def test_changed_frames_times_and_plain_clips_are_named(root: Path) -> None:
     assert report.plain == [f"{clip_id(3)}:0"]
     named = "\n".join(report.problems)
     assert len(report.problems) == 3
-    assert f"a: clip {clip_id(1)}: its times do not rise" in named
+    assert f"a: clip {clip_id(1)}: its time stamps do not rise" in named
     for person in (2, 3):
         assert f"a: clip {clip_id(person)}: its frames have changed on disk" in named
 

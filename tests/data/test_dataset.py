@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dalle2_video.data.media.video import encode_window
+from dalle2_video.data.config import Settings
+from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import (
     Batch,
@@ -23,15 +24,9 @@ from dalle2_video.data.store.dataset import (
     train_loader,
 )
 from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
-from dalle2_video.data.store.store import (
-    ClipStore,
-    Place,
-    Settings,
-    ShardWriter,
-    StoreError,
-    split_of,
-    youtube_id,
-)
+from dalle2_video.data.store.shard import ShardWriter, StoreError
+from dalle2_video.data.store.splits import split_of, youtube_id
+from dalle2_video.data.store.store import ClipStore, Place
 from tests.helpers.media import clip_id, clip_value, write_store
 
 SPLITS = {"train": 0.7, "val": 0.3}

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle2_video.data.config import open_store
 from dalle2_video.data.preprocess.run import preprocess
+from dalle2_video.data.store.store import open_store
 from tests.data.test_preprocess import config, manifest, tree
 from tests.helpers.media import captions, clip_id, write_video, write_zip
 

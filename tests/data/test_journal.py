@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_video.data.preprocess.journal import Journal
-from dalle2_video.data.store.store import StoreError
+from dalle2_video.data.store.shard import StoreError
 
 SHAPE = (2, 4, 4, 3)
 MADE_FROM = {"settings": {"fps": 4.0}, "clips": "abc"}

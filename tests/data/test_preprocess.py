@@ -22,12 +22,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from dalle2_video.config import ConfigError, from_config
-from dalle2_video.data.config import DataConfig, open_store
-from dalle2_video.data.media.video import decode_clip
+from dalle2_video.data.config import DataConfig
+from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.run import _make_clip, preprocess
 from dalle2_video.data.sources.archives import ArchiveError
 from dalle2_video.data.sources.captions import CATEGORIES, encode
-from dalle2_video.data.store.store import StoreError, shard_paths
+from dalle2_video.data.store.shard import StoreError, shard_paths
+from dalle2_video.data.store.store import open_store
 from tests.helpers.launching import ROOT
 from tests.helpers.media import captions, clip_id, grey_steps, index_first, write_video, write_zip
 
@@ -102,7 +103,7 @@ def test_frames_times_texts_and_tokens_arrive(tmp_path: Path, workers: int) -> N
     for i, person in enumerate(range(1, 6)):
         expected = decode_clip(video(person), 5.0, 6, 16)
         assert np.array_equal(store.frames([i])[0], expected.frames)
-        assert np.allclose(store.times(i), np.arange(6) / 5)
+        assert np.allclose(store.timestamps(i), np.arange(6) / 5)
         lines = store.lines(i)
         assert set(lines) == set(CATEGORIES)
         assert [line.text for line in lines["action_dur"]] == [
@@ -528,8 +529,6 @@ def test_the_section_is_checked_before_any_work() -> None:
     assert from_config(DataConfig, section, "data").settings.shape == (8, 32, 32, 3)
     with pytest.raises(ConfigError, match=r"data\.frames: unknown key"):
         from_config(DataConfig, {**section, "frames": 3}, "data")
-    with pytest.raises(ConfigError, match=r"data\.size: missing key"):
-        from_config(DataConfig, {k: v for k, v in section.items() if k != "size"}, "data")
     with pytest.raises(ConfigError, match="fps, num_frames and size must be positive"):
         from_config(DataConfig, {**section, "fps": 0}, "data")
     with pytest.raises(ConfigError, match="span must be first or full, not last"):

@@ -15,16 +15,11 @@ import pytest
 import torch
 
 from dalle2_video.data.atomic import whole, write_json
+from dalle2_video.data.config import Settings
 from dalle2_video.data.sources.captions import encode, to_line
-from dalle2_video.data.store.store import (
-    ClipStore,
-    Settings,
-    ShardWriter,
-    StoreError,
-    shard_paths,
-    split_of,
-    youtube_id,
-)
+from dalle2_video.data.store.shard import ShardWriter, StoreError, shard_paths
+from dalle2_video.data.store.splits import split_of, youtube_id
+from dalle2_video.data.store.store import ClipStore
 from dalle2_video.data.store.texts import ShardTexts, write_texts
 from tests.helpers.media import clip_id, clip_value, write_store
 
@@ -109,7 +104,7 @@ def test_clips_are_found_in_a_fixed_order_and_read_as_written(root: Path) -> Non
     for row, clip in zip(frames, wanted, strict=True):
         assert (row == clip_value(store.clip_ids[clip])).all()
     assert store.key(3) == f"{store.clip_ids[3]}:0"
-    assert np.array_equal(store.times(3), np.arange(4) / 8)
+    assert np.array_equal(store.timestamps(3), np.arange(4) / 8)
     lines = store.lines(61)
     assert [line.text for line in lines["emotion"]] == [f"{store.clip_ids[61]} smiles."]
     assert store.frames([]).shape == (0, 4, 16, 16, 3)
@@ -283,7 +278,7 @@ def test_any_reader_of_hdf5_sees_the_frames(root: Path) -> None:
     with h5py.File(shard_paths(root, "b_archive")[0], locking=False) as file:
         first = len(SHARDS["a_archive"])
         assert np.array_equal(file["frames"][3], store.frames([first + 3])[0])
-        assert np.array_equal(file["times"][3], store.times(first + 3))
+        assert np.array_equal(file["times"][3], store.timestamps(first + 3))
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_an_error(root: Path) -> None:

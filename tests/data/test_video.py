@@ -15,22 +15,18 @@ import numpy as np
 import pytest
 import torch
 
+from dalle2_video.data.media.decode import decode_clip
+from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.data.media.frame import ClipError, crop_resize, frame_to_rgb, resize_matrix
 from dalle2_video.data.media.sheet import contact_sheet, save_sheet
-from dalle2_video.data.media.video import (
-    _decode,
-    _length,
-    decode_clip,
-    encode_mp4,
-    to_float,
-    to_uint8,
-)
+from dalle2_video.data.media.stream import decode_frames, stream_length
+from dalle2_video.data.media.tensors import to_float, to_uint8
 from tests.helpers.media import grey_steps, index_first, numbers, set_display_matrix, write_video
 
 
-def shown_at(times: list[float], wanted: np.ndarray) -> list[int]:
+def shown_at(timestamps: list[float], wanted: np.ndarray) -> list[int]:
     """The independent rule: the last frame whose time stamp is not after the wanted time."""
-    return [max(k for k, time in enumerate(times) if time <= t + 1e-4) for t in wanted]
+    return [max(k for k, time in enumerate(timestamps) if time <= t + 1e-4) for t in wanted]
 
 
 # ---------------------------------------------------------------- which frames
@@ -39,33 +35,37 @@ def shown_at(times: list[float], wanted: np.ndarray) -> list[int]:
 def test_frames_are_chosen_by_time_not_by_index() -> None:
     """A 30 fps clip asked for at 10 fps gives every third frame, at half of 10 fps every sixth."""
     video = write_video(grey_steps(30, step=8), fps=30.0, form="mp4")
-    times = [round(k / 30, 3) for k in range(30)]
+    timestamps = [round(k / 30, 3) for k in range(30)]
     for fps, count in ((10.0, 10), (5.0, 5), (7.0, 7)):
         clip = decode_clip(video, fps, count, 32)
-        assert numbers(clip.frames) == shown_at(times, np.arange(count) / fps)
-        assert np.allclose(clip.times, [times[k] for k in numbers(clip.frames)], atol=1e-3)
+        assert numbers(clip.frames) == shown_at(timestamps, np.arange(count) / fps)
+        assert np.allclose(
+            clip.timestamps, [timestamps[k] for k in numbers(clip.frames)], atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("form", ["mp4", "matroska", "mpegts"])
 def test_start_time_other_than_zero(form: str) -> None:
-    times = [1.4 + k / 10 for k in range(20)]
-    video = write_video(grey_steps(20), times, form=form)
+    timestamps = [1.4 + k / 10 for k in range(20)]
+    video = write_video(grey_steps(20), timestamps, form=form)
     with av.open(io.BytesIO(video)) as container:
         stream = container.streams.video[0]
         assert float(stream.start_time * stream.time_base) == pytest.approx(1.4, abs=0.01)
     clip = decode_clip(video, 5.0, 10, 32)
     assert numbers(clip.frames) == list(range(0, 20, 2))
-    assert np.allclose(clip.times, np.arange(10) / 5, atol=1e-3)
+    assert np.allclose(clip.timestamps, np.arange(10) / 5, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["mp4", "matroska"])
 def test_variable_frame_rate(form: str) -> None:
-    times = [0.0, 0.04, 0.3, 0.34, 0.35, 0.8, 0.95, 1.0, 1.5, 1.55]
-    video = write_video(grey_steps(10), times, form=form)
+    timestamps = [0.0, 0.04, 0.3, 0.34, 0.35, 0.8, 0.95, 1.0, 1.5, 1.55]
+    video = write_video(grey_steps(10), timestamps, form=form)
     wanted = np.arange(12) / 8
     clip = decode_clip(video, 8.0, 12, 32)
-    assert numbers(clip.frames) == shown_at(times, wanted)
-    assert np.allclose(clip.times, [times[k] for k in shown_at(times, wanted)], atol=1e-3)
+    assert numbers(clip.frames) == shown_at(timestamps, wanted)
+    assert np.allclose(
+        clip.timestamps, [timestamps[k] for k in shown_at(timestamps, wanted)], atol=1e-3
+    )
 
 
 def test_matroska_rounds_time_stamps_and_the_right_frame_is_found_all_the_same() -> None:
@@ -116,23 +116,25 @@ def moving(count: int) -> np.ndarray:
 def test_frames_left_out_in_decoding_change_no_other(form: str, even: bool, kind: str) -> None:
     """Against decoding every frame and choosing by time stamp."""
     gaps = np.full(60, 0.04) if even else np.random.default_rng(1).choice([0.02, 0.04, 0.11], 60)
-    times = (gaps.cumsum() + 0.5).round(3).tolist()
-    video = write_video(moving(60), times, form=form, codec_options=B_FRAMES)
+    timestamps = (gaps.cumsum() + 0.5).round(3).tolist()
+    video = write_video(moving(60), timestamps, form=form, codec_options=B_FRAMES)
     with av.open(io.BytesIO(video)) as container:
         stream = container.streams.video[0]
         all_frames = list(container.decode(stream))
     with av.open(io.BytesIO(video)) as container:
-        fewest = list(_decode(container, container.streams.video[0], lambda begin, end: False))
+        fewest = list(
+            decode_frames(container, container.streams.video[0], lambda begin, end: False)
+        )
     assert len(fewest) < 0.75 * len(all_frames), "the test needs frames that can be left out"
     stamps = [frame.time - all_frames[0].time for frame in all_frames]
 
     span = "full" if kind == "full" else "first"
     clip = decode_clip(video, 9.0, 8, 64, 0.0, span, "all" if kind == "all" else "one")
-    length = _length(video)
+    length = stream_length(video)
     wanted = np.arange(len(clip.frames)) * (length / 8 if kind == "full" else 1 / 9)
     chosen = shown_at(stamps, wanted)
     assert np.array_equal(clip.frames, [frame_to_rgb(all_frames[k], 64) for k in chosen])
-    assert np.allclose(clip.times, [stamps[k] for k in chosen], atol=1e-6)
+    assert np.allclose(clip.timestamps, [stamps[k] for k in chosen], atol=1e-6)
     assert len(clip.frames) == (8 if kind != "all" else math.ceil(length * 9) // 8 * 8)
 
 
@@ -180,7 +182,7 @@ def test_the_last_frame_lasts_one_frame_and_one_frame_may_lack() -> None:
 def test_truncated_mp4(share: float, front: bool) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     video = write_video(noise, faststart=front)
-    assert len(decode_clip(video, 10.0, 20, 32).times) == 20
+    assert len(decode_clip(video, 10.0, 20, 32).timestamps) == 20
     with pytest.raises(ClipError, match="truncated"):
         decode_clip(video[: int(len(video) * share)], 10.0, 20, 32)
 
@@ -393,7 +395,7 @@ def test_encode_and_decode_keep_frames_colours_and_tags(tmp_path: Path) -> None:
         assert context.color_range == 1
         assert container.streams.video[0].average_rate == 8
     clip = decode_clip(path, 8.0, 8, 64)
-    assert np.allclose(clip.times, np.arange(8) / 8)
+    assert np.allclose(clip.timestamps, np.arange(8) / 8)
     for got, sent in zip(clip.frames, frames, strict=True):
         assert np.abs(patch_colours(got) - sent[::16, ::16].astype(float)).max() <= 5
     data = path.read_bytes()
@@ -403,7 +405,7 @@ def test_encode_and_decode_keep_frames_colours_and_tags(tmp_path: Path) -> None:
 ENCODE = """
 import hashlib
 import numpy as np
-from dalle2_video.data.media.video import encode_window
+from dalle2_video.data.media.encode import encode_window
 draw = np.random.default_rng(0)
 for size in (16, 64, 64, 128):
     first = np.kron(draw.integers(0, 256, (size // 2, size // 2, 3)), np.ones((2, 2, 1)))

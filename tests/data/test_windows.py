@@ -10,15 +10,18 @@ import h5py
 import numpy as np
 import pytest
 
-from dalle2_video.data.config import open_store
+from dalle2_video.data.config import Settings
+from dalle2_video.data.media.decode import MOST_WINDOWS, decode_clip, decode_window
+from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
-from dalle2_video.data.media.video import MOST_WINDOWS, decode_clip, decode_window, encode_window
 from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset, embedding_keys
-from dalle2_video.data.store.store import Settings, ShardWriter, StoreError, read_index, shard_paths
-from dalle2_video.faces.writer import FaceFormat, draw_clip, plan
+from dalle2_video.data.store.shard import ShardWriter, StoreError, read_index, shard_paths
+from dalle2_video.data.store.store import open_store
+from dalle2_video.faces.plan import plan
+from dalle2_video.faces.writer import FaceFormat, draw_clip
 from tests.data.test_preprocess import config, skipped
 from tests.helpers.media import clip_id, grey_steps, index_first, numbers, write_video, write_zip
 
@@ -36,21 +39,21 @@ def long(frames: int, **more) -> bytes:
 def test_a_full_span_spreads_the_frames_over_the_clip(form: str) -> None:
     clip = decode_clip(long(40, form=form), 8.0, 5, 32, span="full")
     assert numbers(clip.frames, STEP) == [0, 8, 16, 24, 32]
-    assert np.allclose(clip.times, [0.0, 0.8, 1.6, 2.4, 3.2], atol=1e-3)
+    assert np.allclose(clip.timestamps, [0.0, 0.8, 1.6, 2.4, 3.2], atol=1e-3)
     short = decode_clip(long(3), 8.0, 6, 32, span="full")
     assert numbers(short.frames, STEP) == [0, 0, 1, 1, 2, 2], "a clip of 0.3 s has its three frames"
 
 
 def test_a_full_span_counts_from_the_first_frame() -> None:
-    video = write_video(grey_steps(20, step=STEP), times=[1.4 + k / 10 for k in range(20)])
+    video = write_video(grey_steps(20, step=STEP), timestamps=[1.4 + k / 10 for k in range(20)])
     clip = decode_clip(video, 8.0, 4, 32, span="full")
-    assert numbers(clip.frames, STEP) == [0, 5, 10, 15] and clip.times[0] == 0
+    assert numbers(clip.frames, STEP) == [0, 5, 10, 15] and clip.timestamps[0] == 0
 
 
 def test_all_windows_lie_end_to_end_and_a_rest_is_left_over() -> None:
     clip = decode_clip(long(45), 5.0, 6, 32, windows="all")
     assert numbers(clip.frames, STEP) == list(range(0, 36, 2))
-    assert np.allclose(clip.times, np.arange(18) / 5, atol=1e-3)
+    assert np.allclose(clip.timestamps, np.arange(18) / 5, atol=1e-3)
     one = decode_clip(long(45), 5.0, 6, 32)
     assert np.array_equal(clip.frames[:6], one.frames)
     exact = decode_clip(long(48), 5.0, 6, 32, windows="all")
@@ -69,8 +72,8 @@ def test_a_truncated_clip_is_refused_where_all_of_it_is_wanted(how: dict) -> Non
 
 
 def test_time_stamps_that_jump_do_not_fill_the_memory() -> None:
-    times = [0.0, 0.1, 0.2, 50_000.0, 50_000.1]
-    video = write_video(grey_steps(5), times=times)
+    timestamps = [0.0, 0.1, 0.2, 50_000.0, 50_000.1]
+    video = write_video(grey_steps(5), timestamps=timestamps)
     with pytest.raises(ClipError, match=f"too long: makes more than {MOST_WINDOWS} windows"):
         decode_clip(video, 10.0, 2, 32, windows="all")
 
@@ -140,7 +143,7 @@ def test_windows_have_keys_texts_times_and_a_split_of_their_own_clip(
     frames = store.frames([5, 1, 0])
     for found, first in zip(frames, [0, 12, 0], strict=True):
         assert numbers(found, STEP) == list(range(first, first + 12, 2))
-    assert np.allclose(store.times(1), 1.2 + np.arange(6) / 5)
+    assert np.allclose(store.timestamps(1), 1.2 + np.arange(6) / 5)
     for place, key in enumerate(keys):
         (action, *_) = store.lines(place)["action_dur"]
         assert action.text == f"{key.split(':')[0]} nods.", "all windows of a clip share its texts"
@@ -197,7 +200,7 @@ def test_a_full_span_reaches_the_store(tmp_path: Path) -> None:
     store = open_store(made)
     assert numbers(store.frames([0])[0], STEP) == list(range(0, 24, 4))
     assert numbers(store.frames([1])[0], STEP) == list(range(0, 60, 10))
-    assert np.allclose(store.times(1), np.arange(6.0), atol=1e-3)
+    assert np.allclose(store.timestamps(1), np.arange(6.0), atol=1e-3)
 
 
 def test_encoded_frames_are_those_of_the_raw_store(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dalle2_video.data.config import DataConfig, open_store
+from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import CelebVTextDataset
+from dalle2_video.data.store.store import open_store
 from dalle2_video.evaluation.alignment import (
     EvaluateConfig,
     alignment,

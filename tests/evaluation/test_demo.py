@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dalle2_video.data.media.video import encode_mp4
+from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.evaluation import demo
 from dalle2_video.evaluation.demo import Demo, last_validation
 from dalle2_video.evaluation.page import grid, read_mp4

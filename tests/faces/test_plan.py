@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dalle2_video.data.store.store import split_of
+from dalle2_video.data.store.splits import split_of
 from dalle2_video.faces.attributes import APPEARANCE, ATTRIBUTES, held_out_combinations
 from dalle2_video.faces.plan import FRACTIONS, FaceClip, plan
 from tests.helpers.faces import BASE

@@ -15,8 +15,9 @@ import av
 import numpy as np
 
 from dalle2_video.data.atomic import write_json
+from dalle2_video.data.config import Settings
 from dalle2_video.data.sources.captions import to_line
-from dalle2_video.data.store.store import FORMAT, Settings, ShardWriter, shard_paths
+from dalle2_video.data.store.shard import FORMAT, ShardWriter, shard_paths
 from dalle2_video.data.store.texts import write_texts
 
 # Kr, Kb of ITU-R BT.601 and BT.709, and the AVColorSpace number that tags them.
@@ -36,7 +37,7 @@ def rgb_to_yuv(rgb: np.ndarray, matrix: str, full: bool) -> np.ndarray:
 
 def write_video(
     images: np.ndarray,
-    times: Sequence[float] | None = None,
+    timestamps: Sequence[float] | None = None,
     fps: float = 10.0,
     form: str = "mp4",
     matrix: str = "bt709",
@@ -48,12 +49,12 @@ def write_video(
     codec: str = "libx264",
     codec_options: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Lossless video (H.264) of RGB (N, H, W, 3), shown at `times` seconds (default k / fps).
+    """Lossless video (H.264) of RGB (N, H, W, 3), shown at `timestamps` seconds (default k / fps).
 
     The YUV planes are computed here, not by the library under test. pix_fmt: yuv444p, or yuv420p
     (the chroma of each 2 x 2 block is its mean).
     """
-    times = [k / fps for k in range(len(images))] if times is None else list(times)
+    timestamps = [k / fps for k in range(len(images))] if timestamps is None else list(timestamps)
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
@@ -67,7 +68,7 @@ def write_video(
         if tagged:
             context.colorspace = MATRICES[matrix][2]
             context.color_range = 2 if full else 1
-        for image, time in zip(images, times, strict=True):
+        for image, time in zip(images, timestamps, strict=True):
             planes = np.moveaxis(rgb_to_yuv(image, matrix, full), -1, 0)
             chroma = list(planes[1:])
             if pix_fmt == "yuv420p":

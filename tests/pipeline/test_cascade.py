@@ -15,7 +15,7 @@ import evaluate
 import sample
 from dalle2_video.config import ConfigError
 from dalle2_video.data.media.output import write_clip
-from dalle2_video.data.media.video import to_float
+from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.sources.captions import CaptionError, text_to_lines
 from dalle2_video.model_file import CheckpointError
 from dalle2_video.pipeline.cascade import Cascade, CascadeStage, check_chain

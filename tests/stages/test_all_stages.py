@@ -18,7 +18,7 @@ import train_clip
 import train_decoder
 import train_prior
 from dalle2_video.config import ConfigError, from_config
-from dalle2_video.data.media.video import to_float
+from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import eval_loader
 from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle2_video import keyed
-from dalle2_video.data.media.video import to_float
+from dalle2_video.data.media.tensors import to_float
 from dalle2_video.diffusion.lowres import (
     augment,
     blend,

@@ -25,11 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dalle2_video.config import ConfigError, from_config
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.media.video import to_float
+from dalle2_video.data.config import Settings
+from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.sources.captions import CaptionPolicy, to_line
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.data.store.embeddings import EmbeddingCache
-from dalle2_video.data.store.store import FORMAT, ClipStore, Settings, ShardWriter
+from dalle2_video.data.store.shard import FORMAT, ShardWriter
+from dalle2_video.data.store.store import ClipStore
 from dalle2_video.data.store.texts import write_texts
 from dalle2_video.model_file import file_hash, load_model
 from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConfig

@@ -7,7 +7,7 @@ import evaluate
 import preprocess
 import sample
 from dalle2_video.config import ConfigError
-from dalle2_video.data.store.store import StoreError
+from dalle2_video.data.store.shard import StoreError
 from dalle2_video.stages.wiring import quote_texts, run_config, sample_config, store_of
 from dalle2_video.training.log import WandbKeyError
 from tests.helpers.launching import ROOT

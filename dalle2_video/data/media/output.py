@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dalle2_video.data.atomic import whole
-from dalle2_video.data.media.video import encode_mp4
+from dalle2_video.data.media.encode import encode_mp4
 
 Format = Literal["mp4", "frames"]
 FORMATS: tuple[Format, ...] = ("mp4", "frames")

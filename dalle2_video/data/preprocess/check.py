@@ -18,15 +18,9 @@ from dalle2_video.data.config import DataConfig
 from dalle2_video.data.media.sheet import save_sheet
 from dalle2_video.data.preprocess.journal import stored_hash
 from dalle2_video.data.sources.captions import CONTEXT, END, START, Line
-from dalle2_video.data.store.store import (
-    ClipStore,
-    StoreError,
-    index_paths,
-    read_index,
-    shard_paths,
-    split_of,
-    youtube_id,
-)
+from dalle2_video.data.store.shard import StoreError, index_paths, read_index, shard_paths
+from dalle2_video.data.store.splits import split_of, youtube_id
+from dalle2_video.data.store.store import ClipStore
 
 ON_SHEET = 12  # random clips
 
@@ -73,9 +67,9 @@ class CheckReport:
 
 
 def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
-    """Verifies counts, shapes, times, hashes, tokens and splits; writes check.json and check.png.
+    """Verifies counts, shapes, time stamps, hashes, tokens and splits.
 
-    StoreError where the store cannot be opened at all, which names the file.
+    Writes check.json and check.png into the store.     StoreError where the store cannot be opened at all, which names the file.
     """
     root = config.store
     store = ClipStore.open(root, config.splits, config.split_seed)
@@ -100,7 +94,7 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
                 problems.append(f"{where}: its frames have changed on disk")
             for window in windows:
                 frames = store.frames([window])
-                problems += [f"{where}: {problem}" for problem in _times(store, window)]
+                problems += [f"{where}: {problem}" for problem in _timestamps(store, window)]
                 if frames.min() == frames.max():
                     plain.append(store.key(window))
         except (OSError, StoreError, IndexError, ValueError) as error:
@@ -136,10 +130,10 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
     return report
 
 
-def _times(store: ClipStore, clip: int) -> Iterator[str]:
-    times = store.times(clip)
-    if not np.isfinite(times).all() or (np.diff(times) < 0).any():
-        yield f"its times do not rise: {times.tolist()}"
+def _timestamps(store: ClipStore, clip: int) -> Iterator[str]:
+    timestamps = store.timestamps(clip)
+    if not np.isfinite(timestamps).all() or (np.diff(timestamps) < 0).any():
+        yield f"its time stamps do not rise: {timestamps.tolist()}"
 
 
 def _texts(texts: dict[str, list[Line]]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle2_video.data.store.texts import StoreError
+from dalle2_video.data.store.shard import StoreError
 
 
 def stored_hash(windows: Sequence[np.ndarray]) -> str:

@@ -23,9 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import DataConfig
+from dalle2_video.data.config import DataConfig, Settings
+from dalle2_video.data.media.decode import decode_clip
+from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
-from dalle2_video.data.media.video import decode_clip, encode_window
 from dalle2_video.data.preprocess.journal import Journal
 from dalle2_video.data.preprocess.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.preprocess.pool import WorkerLost, WorkerPool
@@ -38,9 +39,9 @@ from dalle2_video.data.sources.captions import (
     split_line,
     to_line,
 )
-from dalle2_video.data.store.store import (
+from dalle2_video.data.store.shard import (
     FORMAT,
-    Settings,
+    TIMESTAMPS,
     ShardWriter,
     StoreError,
     index_paths,
@@ -190,8 +191,8 @@ def _make_shard(
         kept = [clip for clip in journal.clips if clip["status"] == "kept"]
         with ShardWriter(out, source.name, settings, journal.rows, journal.num_bytes) as shard:
             for clip, windows in zip(kept, journal.windows(), strict=True):
-                for window, times in zip(windows, clip["times"], strict=True):
-                    shard.append(window, np.array(times))
+                for window, timestamps in zip(windows, clip[TIMESTAMPS], strict=True):
+                    shard.append(window, np.array(timestamps))
         write_texts(text_path, [_lines(clip) for clip in kept])
         write_json(
             index_path,
@@ -262,9 +263,9 @@ def _make_clip(
         return {**entry, "cause": str(error)}, None
     except Exception as error:  # whatever a damaged file sets off: it must not end a run of 70,000
         return {**entry, "cause": f"unreadable: {type(error).__name__}: {error}"}, None
-    times = decoded.times.round(6).tolist()
-    entry |= {"lines": lines, "lines_split": lines_split, "seconds": [times[0], times[-1]]}
-    return {**entry, "times": decoded.times.reshape(-1, s.num_frames).tolist()}, windows
+    seconds = decoded.timestamps.round(6).tolist()
+    entry |= {"lines": lines, "lines_split": lines_split, "seconds": [seconds[0], seconds[-1]]}
+    return {**entry, TIMESTAMPS: decoded.timestamps.reshape(-1, s.num_frames).tolist()}, windows
 
 
 def _read_texts(

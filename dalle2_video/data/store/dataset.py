@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dalle2_video import keyed
 from dalle2_video.data.sources.captions import CaptionPolicy, pack_lines
-from dalle2_video.data.store.store import ClipStore, StoreError
+from dalle2_video.data.store.shard import StoreError
+from dalle2_video.data.store.store import ClipStore
 
 SHARDS_AT_ONCE = 16  # of 1,000 clips of 16 x 64 x 64 px each: 3 GB
 

@@ -9,12 +9,9 @@ import torch
 
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.sources.captions import CATEGORIES, Line
+from dalle2_video.data.store.shard import StoreError
 
 FORMAT = 2
-
-
-class StoreError(RuntimeError):
-    """The store is missing, damaged or made with other settings; the message names the file."""
 
 
 def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[Line]]]) -> None:
