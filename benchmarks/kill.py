@@ -21,7 +21,7 @@ from pathlib import Path
 from dalle2_video.data.atomic import write_json
 from dalle2_video.model_file import file_hash
 from dalle2_video.provenance import provenance
-from dalle2_video.training.checkpoints import CHECKSUMS, checksum, whole_checkpoints
+from dalle2_video.training.checkpoint_files import CHECKSUMS, checksum, whole_checkpoints
 from dalle2_video.training.log import read_metrics
 
 ROOT = Path(__file__).parents[1]

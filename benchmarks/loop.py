@@ -30,7 +30,7 @@ from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import load_conditions
 from dalle2_video.stages.unet import UnetSection, decoder_stage
 from dalle2_video.stages.wiring import sample_config, store_of
-from dalle2_video.training import checkpoints as state
+from dalle2_video.training import checkpoint_files, checkpoints
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import make_optimizer
 from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
@@ -81,24 +81,24 @@ def write_plainly(folder: Path, count: int) -> float:
 def measure_saves(folder: Path, stage: Stage, cfg: TrainConfig, rounds: int) -> dict[str, float]:
     """Seconds of a save over those of a plain write of its bytes, in turn."""
     ratios, seconds, sizes = [], [], []
-    whole_save = state.Checkpoints.save
+    whole_save = checkpoints.Checkpoints.save
 
-    def timed(self: state.Checkpoints, progress: state.Progress) -> None:
+    def timed(self: checkpoints.Checkpoints, progress: checkpoints.Progress) -> None:
         begun = time.perf_counter()
         whole_save(self, progress)
         seconds.append(time.perf_counter() - begun)
         newest = self.newest()
         assert newest is not None
-        files = [*newest.rglob("*"), self.folder / state.WEIGHTS]
+        files = [*newest.rglob("*"), self.folder / checkpoint_files.WEIGHTS]
         sizes.append(sum(path.stat().st_size for path in files if path.is_file()))
         ratios.append(seconds[-1] / write_plainly(folder, sizes[-1]))
 
-    state.Checkpoints.save = timed
+    checkpoints.Checkpoints.save = timed
     try:
         short = replace(cfg, clips=rounds * cfg.batch_size, save_every_clips=cfg.batch_size)
         train(replace(stage, val_set=None, samples=None), short, RunConfig(str(folder / "saves")))
     finally:
-        state.Checkpoints.save = whole_save
+        checkpoints.Checkpoints.save = whole_save
     return {
         "save_over_plain_write": statistics.median(ratios[1:]),
         "save_seconds": statistics.median(seconds[1:]),

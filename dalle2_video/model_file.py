@@ -1,8 +1,11 @@
 """Consolidated model files: configuration and weights of one network in one .safetensors file.
 
-Header (one JSON text): `kind` (which network), `config` (what rebuilds it), `meta` (free strings,
-such as `clip_hash`). A file is written under a temporary name, flushed to the disk and renamed, so
-a reader sees the old file or the new one, never half of one. No pickle anywhere.
+Header (one JSON text): `format`, `kind` (which network), `config` (what rebuilds it), `meta` (free
+strings, such as `clip_hash`). A file is written under a temporary name, flushed to the disk and
+renamed, so a reader sees the old file or the new one, never half of one. No pickle anywhere.
+
+Format 1 had its number in the header's key, and other names in `config` (RENAMED), which are
+translated on load. docs/formats.md lists all formats.
 """
 
 from __future__ import annotations
@@ -19,11 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "dalle2-video/1"  # the one key of the header: several would come in a random order
+FORMAT = 2
+KEY = "dalle2-video"  # the one key of the header: several would come in a random order
+KEY_OF_FORMAT_1 = "dalle2-video/1"
+RENAMED = {  # keys of a `config` of format 1, at any depth, and their names of today
+    "low_frames": "num_lowres_frames",
+    "low_size": "lowres_size",
+}
 
 
 class CheckpointError(RuntimeError):
-    """A model file that is missing, damaged, of another kind, or does not fit the model."""
+    """A model file or a checkpoint that is missing, damaged, of another kind or of a newer format,
+    or does not fit the model.
+    """
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,24 @@ class Header:
     kind: str
     config: dict[str, Any]
     meta: dict[str, str]
+
+
+def check_format(path: Path, found: int, newest: int) -> None:
+    """CheckpointError where a file's format is newer than the `newest` that this code knows."""
+    if found > newest:
+        raise CheckpointError(
+            f"{path}: has format {found}, and this code knows formats up to {newest}: "
+            "update the code"
+        )
+
+
+def translated(config: Any) -> Any:
+    """A copy of a configuration (JSON values) with the keys of format 1 in their names of today."""
+    if isinstance(config, Mapping):
+        return {RENAMED.get(key, key): translated(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [translated(value) for value in config]
+    return config
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -81,7 +110,7 @@ def save_model(
             raise TypeError(f"{path}: meta[{key!r}] must be a string, got {type(value).__name__}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"kind": kind, "config": dict(config), "meta": meta}
+    header = {"format": FORMAT, "kind": kind, "config": dict(config), "meta": meta}
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     tensors: dict[str, Tensor] = {}
     memory: set[int] = set()
@@ -93,7 +122,7 @@ def save_model(
         memory.add(place)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={FORMAT: text})
+        save_file(tensors, temporary, metadata={KEY: text})
         sync_path(temporary)
         os.replace(temporary, path)
     finally:
@@ -102,7 +131,10 @@ def save_model(
 
 
 def read_header(path: str | os.PathLike[str], kind: str | None = None) -> Header:
-    """The header of a model file, without its weights; `kind` None accepts every network."""
+    """The header of a model file, without its weights; `kind` None accepts every network.
+
+    Raises CheckpointError as `load_model` does.
+    """
     return _open(Path(path), kind, weights=False)[0]
 
 
@@ -110,7 +142,7 @@ def load_model(path: str | os.PathLike[str], kind: str) -> LoadedModel:
     """Read a model file of the given kind onto the CPU.
 
     Raises CheckpointError with the file's name and the cause when it is missing, truncated, no
-    model file of this project, or holds a network of another kind.
+    model file of this project, of a newer format, or holds a network of another kind.
     """
     path = Path(path)
     header, state = _open(path, kind, weights=True)
@@ -127,12 +159,22 @@ def _open(path: Path, kind: str | None, weights: bool) -> tuple[Header, dict[str
             state = {name: file.get_tensor(name) for name in file.keys()} if weights else {}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    if FORMAT not in raw:
-        raise CheckpointError(f"{path}: a safetensors file, but none of this project ({FORMAT})")
-    header = Header(**json.loads(raw[FORMAT]))
+    header = _header(path, raw)
     if kind is not None and header.kind != kind:
         raise CheckpointError(f"{path}: holds a {header.kind!r} model where {kind!r} is needed")
     return header, state
+
+
+def _header(path: Path, raw: Mapping[str, str]) -> Header:
+    """From the metadata of a safetensors file, in today's names."""
+    if KEY in raw:
+        values = json.loads(raw[KEY])
+        check_format(path, values.pop("format"), FORMAT)
+        return Header(**values)
+    if KEY_OF_FORMAT_1 in raw:
+        values = json.loads(raw[KEY_OF_FORMAT_1])
+        return Header(**{**values, "config": translated(values["config"])})
+    raise CheckpointError(f"{path}: a safetensors file, but none of this project ({KEY})")
 
 
 def load_weights(
@@ -140,7 +182,7 @@ def load_weights(
 ) -> None:
     """Copy the weights into `model`; names and shapes must match exactly.
 
-    optional: says of a name of the model whether the file may lack it (a frozen pretrained tower).
+    optional: whether the file may lack a name of the model (of a frozen pretrained tower).
     Raises CheckpointError that names the file and the first differing names.
     """
     own = model.state_dict()

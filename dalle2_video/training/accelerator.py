@@ -14,7 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,13 +31,13 @@ class OwnDeepSpeedPlugin(DeepSpeedPlugin):
     """Accelerate's plugin without the hook for models of transformers, which are not used here."""
 
     def set_deepspeed_weakref(self) -> None:
-        """Nothing: the hook would tell `from_pretrained` of transformers to build split weights."""
+        """Nothing: the hook would make `from_pretrained` of transformers build split weights."""
 
 
 def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int]:
     """The accelerator and the micro-batch size of a rank.
 
-    Under DeepSpeed the batch sizes, the clipping and the precision are set here: autocast over
+    Under DeepSpeed the batch sizes, gradient clipping and the precision are set here: autocast over
     float32 weights, as everywhere else; for FSDP2 see `autocast_forward`. Raises ConfigError where
     batch_size cannot be shared out, RuntimeError where the launched ranks do not find one another.
     """
@@ -80,6 +80,15 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     return accelerator, micro
 
 
+def strategy_of(accelerator: Accelerator) -> str:
+    """ "one process", "ddp", "fsdp2", or "zero1" to "zero3"."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{cast(Any, accelerator.state.deepspeed_plugin).zero_stage}"
+    if accelerator.is_fsdp2:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "one process"
+
+
 def autocast_forward(model: nn.Module, device: torch.device) -> None:
     """Let the model run under autocast to bf16 under FSDP2.
 
@@ -90,19 +99,19 @@ def autocast_forward(model: nn.Module, device: torch.device) -> None:
 
 
 def _check_launch_file(sizes: dict[str, float]) -> None:
-    """ConfigError where the launch, or the DeepSpeed file it names, says other sizes than ours."""
-    said = {}
+    """ConfigError where the launch, or the DeepSpeed file it names, sets other sizes than ours."""
+    found = {}
     if path := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""):
         with open(path, encoding="utf-8") as file:
-            said = json.load(file)
+            found = json.load(file)
     where = path or "the accelerate config"
     if steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
-        said["gradient_accumulation_steps"] = steps
+        found["gradient_accumulation_steps"] = steps
     for name, ours in sizes.items():
-        value = said.get(name, "auto")
+        value = found.get(name, "auto")
         if value != "auto" and float(value) != ours:
             raise ConfigError(
-                f"{where} says {name}: {value}, the train section gives {ours:g}: remove it there "
+                f"{where} sets {name}: {value}, the train section gives {ours:g}: remove it there "
                 '(or write "auto"), batch_size and micro_batch_size rule'
             )
 

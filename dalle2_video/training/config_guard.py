@@ -1,8 +1,9 @@
-"""What must be alike before the first step: on all ranks, and between a run and its folder."""
+"""What must be alike before the first optimizer step: on all ranks, and of a run and its folder."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,37 @@ from dalle2_video.config import ConfigError
 from dalle2_video.training.stage import RunConfig
 
 SHOWN = 6  # differing keys in a message
-# What a run may change when it goes on: how long, what it tells, where things are.
+WHOLE_RUN = ("seed", "mixed_precision", "faces")  # of every stage; faces: null where there are none
+# What a run may change when it goes on: how long, what it reports, where things are.
 FREE = {
     "clips", "minutes", "micro_batch_size", "log_every_clips", "val_every_clips",
     "save_every_clips", "keep_checkpoints", "keep_every_clips", "workers",
     "root", "out", "encoding", "seconds_per_clip", "overwrite",
     "activation_checkpointing", "compile",
 }  # fmt: skip
+
+# Keys of the config.yaml of older runs, as patterns of the dotted key, and their names of today.
+RENAMED = (
+    (r"^(unets\.\w+)\.images$", r"\1.num_images"),
+    (r"^(unets\.\w+)\.image_only$", r"\1.image_only_prob"),
+    (r"^(unets\.\w+)\.drop\.", r"\1.cond_dropout."),
+    (r"^(unets\.\w+)\.window$", r"\1.crop_frames"),
+    (r"^(unets\.\w+\.model)\.low_frames$", r"\1.num_lowres_frames"),
+    (r"^(unets\.\w+\.model)\.low_size$", r"\1.lowres_size"),
+    (r"^data\.faces\b", "faces"),
+    (r"^data\.splits\.combo$", "data.splits.heldout"),
+)
+
+
+def translated(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with dotted keys (`flat`), its older keys in their names of today."""
+    return {_name_of_today(key): value for key, value in values.items()}
+
+
+def _name_of_today(key: str) -> str:
+    for pattern, replacement in RENAMED:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -70,8 +95,9 @@ def data_facts(dataset: Any) -> dict[str, Any]:
 def check_folder(run: RunConfig) -> None:
     """ConfigError where the checkpoints of the run's folder come from another configuration.
 
-    Compares what rules the stage (its own section, the data, seed and precision) and may not change
-    on the way. `force=true` lets it pass; a model of another shape is refused all the same.
+    Compares what decides the training of the stage (its own section, the data, the rendered faces,
+    seed and precision) and may not change on the way, in the names of today. `force=true` lets it
+    pass; a model of another shape is refused all the same.
     """
     path = Path(run.dir) / "config.yaml"
     begun = path.exists() and any((Path(run.dir) / "checkpoints").glob("[0-9]*"))
@@ -80,8 +106,8 @@ def check_folder(run: RunConfig) -> None:
     there, here = (
         {
             key: value
-            for key, value in flat(from_yaml(text)).items()
-            if key.startswith((f"{run.section}.", "data.")) or key in ("seed", "mixed_precision")
+            for key, value in translated(flat(from_yaml(text))).items()
+            if key.startswith((f"{run.section}.", "data.", "faces.")) or key in WHOLE_RUN
             if key.rsplit(".", 1)[-1] not in FREE
         }
         for text in (path.read_text(encoding="utf-8"), run.resolved)
@@ -91,5 +117,5 @@ def check_folder(run: RunConfig) -> None:
     if found := differences(there, here):
         raise ConfigError(
             f"{run.dir} was begun with another configuration ({'; '.join(found)}): choose another "
-            "train_name, or go on with the new one by force=true"
+            "train_name, or set force=true to go on with the new configuration"
         )

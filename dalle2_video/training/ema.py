@@ -1,4 +1,4 @@
-"""Exponential moving average of the trainable weights, on this rank's shards alone.
+"""Exponential moving average of the trainable weights, on this rank's parts alone.
 
 Half-life in clips with a ramp-up, as `ema_rampup_ratio` in NVlabs/edm training_loop.py (Karras et
 al. 2022): early weights are forgotten quickly, so short runs are served too. Float32 whatever the
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dalle2_video.training.sharded import Shards
+from dalle2_video.training.sharded import ShardedParams
 
 
 def ema_decay(clips: int, batch: int, halflife: float, rampup: float) -> float:
@@ -28,11 +28,11 @@ def ema_decay(clips: int, batch: int, halflife: float, rampup: float) -> float:
 class Ema:
     """Average of every trainable parameter; starts as a copy of the weights."""
 
-    def __init__(self, shards: Shards, halflife_clips: float, rampup: float):
-        self.shards = shards
+    def __init__(self, sharded: ShardedParams, halflife_clips: float, rampup: float):
+        self.sharded = sharded
         self.halflife_clips = halflife_clips
         self.rampup = rampup
-        self.average = {n: shards.local(n).float().clone() for n in shards.trainable}
+        self.average = {n: sharded.local(n).float().clone() for n in sharded.trainable}
 
     @torch.no_grad()
     def update(self, clips: int, batch: int, applied: Tensor | float = 1.0) -> None:
@@ -42,9 +42,9 @@ class Ema:
         """
         decay = ema_decay(clips, batch, self.halflife_clips, self.rampup)
         weight = torch.as_tensor((1.0 - decay) * applied)
-        for name in self.shards.trainable:
-            shard = self.shards.local(name).float()
-            self.average[name].lerp_(shard, weight.to(shard.device))
+        for name in self.sharded.trainable:
+            part = self.sharded.local(name).float()
+            self.average[name].lerp_(part, weight.to(part.device))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -52,20 +52,20 @@ class Ema:
 
         Its own weights come back bit for bit.
         """
-        own = {n: self.shards.local(n).clone() for n in self.shards.trainable}
-        self.shards.write(self.average)
+        own = {n: self.sharded.local(n).clone() for n in self.sharded.trainable}
+        self.sharded.write(self.average)
         try:
             yield
         finally:
-            self.shards.write(own)
+            self.sharded.write(own)
 
     def full_state(self) -> dict[str, Tensor]:
         """Full float32 CPU tensors by parameter name. Collective."""
-        return {n: self.shards.gather(n, t).cpu() for n, t in self.average.items()}
+        return {n: self.sharded.gather(n, t).cpu() for n, t in self.average.items()}
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's shards from full tensors; the names must be the trainable ones."""
+        """Take this rank's parts from full tensors; the names must be the trainable ones."""
         if set(state) != set(self.average):
             differing = sorted(set(state) ^ set(self.average))[:4]
             raise ValueError(f"the EMA of the checkpoint differs in {', '.join(differing)}")
-        self.average = {n: self.shards.scatter(n, state[n]) for n in self.average}
+        self.average = {n: self.sharded.scatter(n, state[n]) for n in self.average}

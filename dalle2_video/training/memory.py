@@ -48,7 +48,7 @@ def estimate(
     strategy: str,
     micro: int,
 ) -> Memory:
-    """Of one rank under `strategy` (`state.strategy_of`), before the model is prepared."""
+    """Of one rank under `strategy` (`accelerator.strategy_of`), before the model is prepared."""
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in stage.model.parameters() if not p.requires_grad)
     parts = fixed_parts(trained, frozen, strategy, accelerator.num_processes, cfg)
@@ -62,7 +62,7 @@ def fixed_parts(
 ) -> dict[str, float]:
     """Bytes of a rank that do not depend on the batch, by numbers of parameters.
 
-    zero1, zero2: DeepSpeed's float32 masters beside the weights; zero3 has them beside its shards.
+    zero1, zero2: DeepSpeed's float32 masters beside the weights; zero3 has them beside its parts.
     Muon holds one momentum for a matrix where AdamW holds two; it is counted as AdamW.
     """
     split_weights = strategy in ("zero3", "fsdp2")

@@ -1,24 +1,25 @@
-"""The figures of the steps: on their way from the device, and gathered between two log lines."""
+"""The metrics of the optimizer steps: on their way from the device, and averaged for a log line."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-class Flight:
-    """Figures that go to the host while the device works on.
+class AsyncMetrics:
+    """Metrics that go to the host while the device works on.
 
-    behind: how many steps the host may be ahead of what it has read. On a GPU it would otherwise
-    wait at each step for the work that it has just queued.
+    max_behind: how many optimizer steps the host may be ahead of what it has read. On a GPU it
+    would otherwise wait at each for the work that it has just queued.
     """
 
-    def __init__(self, behind: int) -> None:
-        self.behind = behind
+    def __init__(self, max_behind: int) -> None:
+        self.max_behind = max_behind
         self._queue: deque[tuple[Sequence[str], Tensor, torch.cuda.Event | None]] = deque()
 
     def send(self, names: Sequence[str], values: Tensor) -> None:
@@ -32,52 +33,59 @@ class Flight:
         copied.record()
         self._queue.append((names, host, copied))
 
-    def landed(self, everything: bool) -> Iterator[dict[str, float]]:
-        """Those of earlier steps, or of all, each once and in order."""
-        while len(self._queue) > (0 if everything else self.behind):
+    def arrived(self, everything: bool) -> Iterator[dict[str, float]]:
+        """Those sent `max_behind` steps ago or earlier, or all, each once and in order."""
+        while len(self._queue) > (0 if everything else self.max_behind):
             names, values, copied = self._queue.popleft()
             if copied is not None:
                 copied.synchronize()
             yield dict(zip(names, values.tolist(), strict=True))
 
 
-class Window:
-    """Figures since the last log line: means, clips per second, share of time spent on waiting."""
+class MetricsAverager:
+    """Averages the metrics since the last log line; measures clips per second and the share of the
+    time that goes on waiting for data.
+    """
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}  # some steps have figures that others have not
-        self.clips = 0
-        self.begun, self.wait, self.pause = time.monotonic(), 0.0, 0.0
-        self.last: dict[str, float] = {}
+        self._values: dict[str, list[float]] = {}  # some steps have metrics that others have not
+        self._last: dict[str, float] = {}
+        self._clips = 0
+        self._begun, self._waited, self._paused = time.monotonic(), 0.0, 0.0
 
     def add(self, values: dict[str, float], clips: int) -> None:
+        """The metrics of one optimizer step over `clips` clips."""
         for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
-        self.clips += clips
-        self.last = values
+            self._values.setdefault(name, []).append(value)
+        self._clips += clips
+        self._last = values
 
-    def waiting(self) -> _Stopwatch:
-        return _Stopwatch(self, "wait")
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time inside counts as waiting for data."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - begun
 
-    def paused(self) -> _Stopwatch:
-        return _Stopwatch(self, "pause")
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside does not count."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - begun
 
-    def close(self) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.begun - self.pause, 1e-9)
-        means = {name: sum(values) / len(values) for name, values in self.values.items()}
-        means["lr"] = self.last["lr"]
-        return means | {"clips_per_second": self.clips / seconds, "data_wait": self.wait / seconds}
-
-
-class _Stopwatch:
-    """Adds the time spent inside to one of the window's sums."""
-
-    def __init__(self, window: Window, name: str):
-        self.window, self.name = window, name
-
-    def __enter__(self) -> None:
-        self.begun = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        spent = time.monotonic() - self.begun
-        setattr(self.window, self.name, getattr(self.window, self.name) + spent)
+    def averages(self) -> dict[str, float]:
+        """Mean of each metric over the steps that have it, but for "lr", which is the last one's;
+        "clips_per_second" and "data_wait", a share of the time in [0, 1].
+        """
+        seconds = max(time.monotonic() - self._begun - self._paused, 1e-9)
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        means["lr"] = self._last["lr"]
+        return means | {
+            "clips_per_second": self._clips / seconds,
+            "data_wait": self._waited / seconds,
+        }

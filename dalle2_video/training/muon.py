@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 A, B, C = 3.4445, -4.7750, 2.0315  # of the quintic steps
-STEPS = 5
+NEWTON_SCHULZ_STEPS = 5
 MOMENTUM = 0.95
 
 
@@ -27,7 +27,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     gram = x @ x.mT
     total = None
-    for left in reversed(range(STEPS)):
+    for left in reversed(range(NEWTON_SCHULZ_STEPS)):
         step = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
         step.diagonal(dim1=1, dim2=2).add_(A)
         total = step if total is None else step @ total

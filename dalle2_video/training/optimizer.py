@@ -18,9 +18,9 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Every parameter with requires_grad, once: matrices with decay, vectors without.
 
-    `muon` is True in the group of the weights of linear and convolutional layers, without those
-    that the model lists in `ends`: its first and last layers, as Jordan et al. 2024 advise.
-    Embeddings, positions and null values are no maps and stay with AdamW as well.
+    `muon` is True in the group of the weights of linear and convolutional layers, without the
+    modules that the model lists by name in `muon_exclude`: its first and last layers, as Jordan et
+    al. 2024 advise. Embeddings, positions and null values are no maps and stay with AdamW as well.
 
     Raises ValueError when the model has nothing to train, or a parameter without a dimension:
     DeepSpeed (0.19) and FSDP2 cannot split those, so a single number has the shape (1,).
@@ -30,11 +30,11 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad")
-    ends = getattr(model, "ends", ())
+    excluded = getattr(model, "muon_exclude", ())
     layers = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, LAYERS) and name not in ends
+        if isinstance(module, LAYERS) and name not in excluded
     }
     maps = [p for p in trainable if id(p) in layers]
     others = [p for p in trainable if id(p) not in layers]
@@ -55,10 +55,10 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
 
 
 def lr_factor(clips: int, progress: float, warmup_clips: int, schedule: str) -> float:
-    """Factor in [0, 1] on the learning rate of the step that ends at `clips` clips seen.
+    """Factor in [0, 1] on the learning rate of the optimizer step that ends at `clips` clips seen.
 
     progress in [0, 1]: the share of the run (of its clips, or of its minutes) that is done when
-    the step begins. A linear warm-up over `warmup_clips` multiplies 1 (constant) or
+    that step begins. A linear warm-up over `warmup_clips` multiplies 1 (constant) or
     (1 + cos(pi progress)) / 2 (cosine, Loshchilov & Hutter 2017, eq. 5, to zero, no restart).
     """
     warmup = min(1.0, clips / warmup_clips) if warmup_clips else 1.0

@@ -2,7 +2,7 @@
 
     python -m dalle2_video.training.plot runs/run1
 
-Reads runs/run1/<stage>/metrics.jsonl and writes <stage>/report.png: training and validation figures
+Reads runs/run1/<stage>/metrics.jsonl and writes <stage>/plot.png: training and validation metrics
 over the clips seen, and a line per stage on the terminal. A run that is still going may be read.
 """
 
@@ -28,7 +28,7 @@ COLUMNS = 3
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """{figure: {"train" or "val": [(clips, value), ...]}}; what was not finite is left out."""
+    """{metric: {"train" or "val": [(clips, value), ...]}}; what was not finite is left out."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -41,7 +41,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple
 
 
 def draw(path: Path, title: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """One panel per figure, as PNG."""
+    """One panel per metric, as PNG."""
     panels = curves(lines)
     rows = -(-len(panels) // COLUMNS)
     figure, axes = plt.subplots(
@@ -71,24 +71,24 @@ def draw(path: Path, title: str, lines: Sequence[Mapping[str, Any]]) -> None:
     plt.close(figure)
 
 
-def report(folder: Path) -> list[str]:
+def plot(folder: Path) -> list[str]:
     """Draw every stage of a run's folder (or the one stage that it is) -> a line for each.
 
-    Raises SystemExit where no stage has figures.
+    Raises SystemExit where no stage has metrics.
     """
     stages = [folder] if (folder / "metrics.jsonl").exists() else sorted(folder.iterdir())
-    told = []
+    summary = []
     for stage in stages:
         lines = read_metrics(stage / "metrics.jsonl")
         if not lines:
             continue
-        path = stage / "report.png"
+        path = stage / "plot.png"
         draw(path, f"{stage.parent.name}/{stage.name}", lines)
         seconds = [line["seconds"] for line in lines if "seconds" in line]
-        told.append(f"{path}: {lines[-1]['clips']:,} clips in {clock(max(seconds, default=0))}")
-    if not told:
+        summary.append(f"{path}: {lines[-1]['clips']:,} clips in {clock(max(seconds, default=0))}")
+    if not summary:
         raise SystemExit(f"{folder}: no stage with a metrics.jsonl here")
-    return told
+    return summary
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
     folder = parser.parse_args().run_dir
     if not folder.is_dir():
         raise SystemExit(f"{folder}: no such folder")
-    for line in report(folder):
+    for line in plot(folder):
         print(line)
 
 

@@ -1,7 +1,7 @@
-"""Ending a run early without losing work: signals that ask for it, and the file that says so.
+"""Ending a run early without losing work: signals that ask for it, and the file that marks it.
 
 SIGTERM (a scheduler, or `kill`), SIGUSR1 (SLURM's --signal) and SIGHUP (a closed terminal, unless
-`nohup` has it ignored) are noted; the loop, which asks at each step, then saves and ends.
+`nohup` has it ignored) are noted; the loop, which looks at each optimizer step, then saves and ends.
 `accelerate launch` passes on the signals that configs/launch.env lists.
 """
 
@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from dalle2_video.data.atomic import write_json
 
@@ -62,3 +65,13 @@ def mark_unfinished(folder: Path, clips: int, reason: str) -> None:
 def mark_ended(folder: Path) -> None:
     """Remove the file: the run is done, or failed in a way that the same command would repeat."""
     (folder / FILE).unlink(missing_ok=True)
+
+
+def would_repeat(error: BaseException, num_processes: int) -> bool:
+    """Whether the same command would meet this error again: not if another rank, a device or a disk
+    went away, or the user stopped it.
+    """
+    if type(error) is RuntimeError or isinstance(error, dist.DistError):
+        return num_processes == 1
+    passing = Interrupted, KeyboardInterrupt, OSError, torch.AcceleratorError
+    return not isinstance(error, passing)

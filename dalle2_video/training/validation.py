@@ -47,7 +47,7 @@ def no_trace(model: nn.Module, ema: Ema | None) -> Iterator[None]:
 def evaluate(
     stage: Stage, model: nn.Module, accelerator: Accelerator, batch_size: int, seed: int
 ) -> dict[str, float]:
-    """The stage's own figures, else the mean objective over its validation set, else none."""
+    """The stage's own metrics, else the mean objective over its validation set, else none."""
     if stage.validate is not None:
         return stage.validate(model, accelerator)
     if stage.val_set is None:

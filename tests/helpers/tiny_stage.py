@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from dalle2_video import keyed
 from dalle2_video.config import ConfigError
-from dalle2_video.training import checkpoints as state
+from dalle2_video.training import checkpoints
 from dalle2_video.training.loop import train
-from dalle2_video.training.sharded import shards_of
+from dalle2_video.training.sharded import sharded_params
 from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
 from dalle2_video.training.validation import mean_objective
 
@@ -76,6 +77,16 @@ def objective(model: nn.Module, batch: TinyBatch, step: StepInfo) -> Loss:
     return Loss(error.mean(), {"worst": error.mean(1).mean()})
 
 
+def broken(at: set[int], value: float = float("nan")) -> Callable[..., Loss]:
+    """The tiny objective, its loss times `value` in the batches that begin at these clips."""
+
+    def wrapped(model: nn.Module, batch: TinyBatch, step: StepInfo) -> Loss:
+        loss = objective(model, batch, step)
+        return Loss(loss.loss * value if int(step.sample_ids[0]) in at else loss.loss)
+
+    return wrapped
+
+
 def tiny_stage(hidden: int = 16, frozen: bool = True, **changes) -> Stage:
     torch.manual_seed(1)
     stage = Stage(
@@ -129,16 +140,16 @@ def run_rank(root: Path, precision: str = "no") -> None:
     seen = {}
 
     def validate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        shards = shards_of(accelerator, model)
-        held = sum(shards.local(name).numel() for name in shards.trainable)
-        seen.update(world=accelerator.num_processes, held=held, type=type(shards).__name__)
+        sharded = sharded_params(accelerator, model)
+        held = sum(sharded.local(name).numel() for name in sharded.trainable)
+        seen.update(world=accelerator.num_processes, held=held, type=type(sharded).__name__)
         seen["predicts"] = model(torch.linspace(-1, 1, DIM)[None]).flatten().tolist()
         return mean_objective(tiny_stage(), model, accelerator, 2, 3)
 
     run = RunConfig(str(root / "whole"), seed=3, mixed_precision=precision)
     written = []
-    save_model = state.save_model
-    state.save_model = lambda path, *rest: (written.append(str(path)), save_model(path, *rest))
+    save_model = checkpoints.save_model
+    checkpoints.save_model = lambda path, *rest: (written.append(str(path)), save_model(path, *rest))
     train(tiny_stage(validate=validate), cfg, run)
     seen["written"] = len(written)
     rank = torch.distributed.get_rank()
@@ -153,11 +164,7 @@ def run_rank(root: Path, precision: str = "no") -> None:
         stage.model.up.weight.fill_(0.5)  # must come from the checkpoint
     train(stage, cfg, replace(run, dir=str(root / "resumed")))
 
-    def broken(model: nn.Module, batch: TinyBatch, step: StepInfo) -> Loss:
-        loss = objective(model, batch, step)
-        return Loss(loss.loss * float("nan")) if int(step.sample_ids[0]) == 8 else loss
-
-    stage = tiny_stage(objective=broken, val_set=None)
+    stage = tiny_stage(objective=broken({8}), val_set=None)
     short = replace(cfg, clips=24, save_every_clips=None, val_every_clips=None)
     train(stage, short, replace(run, dir=str(root / "broken")))
     if (root / "foreign").exists():

@@ -18,7 +18,7 @@ from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.models.unet3d import Unet3D, UnetConfig
 from dalle2_video.training.log import read_metrics
-from dalle2_video.training.loop import stacked_layers
+from dalle2_video.training.prepare import stacked_layers
 from tests.helpers.all_stages import Job, run
 from tests.helpers.launching import launch_command, run_launch
 from tests.stages.test_all_stages import JOINT, SMALL, composed

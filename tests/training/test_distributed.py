@@ -21,11 +21,11 @@ from tests.helpers.tiny_stage import DIM, TinyNet, tiny_config, tiny_stage
 
 FOLDERS = ("foreign", "whole")
 LAYOUTS = {
-    "ddp": "WholeShards",
-    "zero1": "Zero12Shards",
-    "zero2": "Zero12Shards",
-    "zero3": "Zero3Shards",
-    "fsdp2": "DTensorShards",
+    "ddp": "WholeParams",
+    "zero1": "ZeroParams",
+    "zero2": "ZeroParams",
+    "zero3": "Zero3Params",
+    "fsdp2": "FSDPParams",
 }
 
 

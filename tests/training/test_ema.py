@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dalle2_video.training.ema import Ema, ema_decay
-from dalle2_video.training.sharded import WholeShards
+from dalle2_video.training.sharded import WholeParams
 
 
 def net() -> nn.Sequential:
@@ -34,7 +34,7 @@ def test_ramp_up():
 
 def test_average_against_float64_recursion():
     model = net()
-    ema = Ema(WholeShards(model), halflife_clips=64.0, rampup=0.5)
+    ema = Ema(WholeParams(model), halflife_clips=64.0, rampup=0.5)
     expected = model[0].weight.detach().double()
     for step in range(30):
         with torch.no_grad():
@@ -49,7 +49,7 @@ def test_average_against_float64_recursion():
 
 def test_average_of_constant_weights_is_the_weights():
     model = net()
-    ema = Ema(WholeShards(model), 64.0, 0.5)
+    ema = Ema(WholeParams(model), 64.0, 0.5)
     for step in range(20):
         ema.update(step * 8, 8)
     assert torch.equal(ema.average["0.weight"], model[0].weight)
@@ -57,7 +57,7 @@ def test_average_of_constant_weights_is_the_weights():
 
 def test_swap_in_and_out_is_exact():
     model = net()
-    ema = Ema(WholeShards(model), 64.0, 0.5)
+    ema = Ema(WholeParams(model), 64.0, 0.5)
     ema.average["0.weight"].fill_(2.0)
     model[0].weight.grad = torch.ones(3, 4)
     before = copy.deepcopy(model.state_dict())
@@ -73,7 +73,7 @@ def test_swap_in_and_out_is_exact():
 
 def test_low_precision_weights_have_a_float32_average():
     model = net().bfloat16()
-    ema = Ema(WholeShards(model), 1e6, 1e6)
+    ema = Ema(WholeParams(model), 1e6, 1e6)
     ema.update(0, 8)
     with torch.no_grad():
         model[0].weight.add_(1.0)
@@ -85,9 +85,9 @@ def test_low_precision_weights_have_a_float32_average():
 
 
 def test_full_state_round_trip():
-    ema = Ema(WholeShards(net()), 64.0, 0.5)
+    ema = Ema(WholeParams(net()), 64.0, 0.5)
     ema.average["0.bias"].fill_(7.0)
-    other = Ema(WholeShards(net()), 64.0, 0.5)
+    other = Ema(WholeParams(net()), 64.0, 0.5)
     other.load_full_state(ema.full_state())
     assert torch.equal(other.average["0.bias"], torch.full((3,), 7.0))
     with pytest.raises(ValueError, match=r"0\.bias"):

@@ -106,14 +106,14 @@ def test_two_nodes_are_two_launches(strategy, tmp_path) -> None:
 def test_a_launch_file_that_says_other_sizes_is_an_error(tmp_path, monkeypatch) -> None:
     cfg, run = tiny_config(micro_batch_size=2), RunConfig(str(tmp_path))  # of 8: 4 steps
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    with pytest.raises(ConfigError, match=r"accelerate config says gradient_accumulation_steps: 2"):
+    with pytest.raises(ConfigError, match=r"accelerate config sets gradient_accumulation_steps: 2"):
         make_accelerator(cfg, run)
     monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     path = tmp_path / "deepspeed.json"
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
     for name, value in (("train_batch_size", 16), ("gradient_clipping", 0.5)):
         path.write_text(json.dumps({name: value, "gradient_accumulation_steps": "auto"}))
-        with pytest.raises(ConfigError, match=rf"deepspeed.json says {name}: {value}, the train"):
+        with pytest.raises(ConfigError, match=rf"deepspeed.json sets {name}: {value}, the train"):
             make_accelerator(cfg, run)
 
 

@@ -18,17 +18,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from dalle2_video.config import ConfigError, from_config
+from dalle2_video.config import ConfigError
 from dalle2_video.model_file import CheckpointError, load_model
-from dalle2_video.training import loop
+from dalle2_video.training import loop, prepare
 from dalle2_video.training.accelerator import process_state, share_out
-from dalle2_video.training.checkpoints import checksum, whole_checkpoints
+from dalle2_video.training.checkpoint_files import checksum, whole_checkpoints
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.log import read_metrics
-from dalle2_video.training.loop import TrainingDiverged, train
+from dalle2_video.training.divergence import TrainingDiverged
+from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import lr_factor, param_groups
 from dalle2_video.training.preemption import Interrupted
-from dalle2_video.training.sharded import WholeShards
+from dalle2_video.training.sharded import WholeParams
 from dalle2_video.training.stage import Loss, RunConfig, TrainConfig
 from dalle2_video.training.validation import no_trace
 from tests.helpers.launching import ROOT
@@ -109,7 +110,7 @@ def test_parts_clipped_apart_do_not_shrink_the_steps_of_the_rest(tmp_path):
 
     def trained(name: str, apart: tuple[str, ...], factor: float):
         stage = tiny_stage(objective=immense(factor), val_set=None)
-        stage.model.part, stage.model.apart = nn.Linear(8, 8), apart
+        stage.model.part, stage.model.separate_grad_clip = nn.Linear(8, 8), apart
         before = stage.model.part.weight.detach().clone()
         train(stage, tiny_config(grad_clip=1e-3), RunConfig(str(tmp_path / name)))
         assert not torch.equal(stage.model.part.weight, before)  # it learns
@@ -246,7 +247,7 @@ def test_folder_without_progress_is_not_a_checkpoint(tmp_path):
     result = train(
         replace(stage, objective=counting, val_set=None), tiny_config(), RunConfig(str(tmp_path))
     )
-    assert result.progress.steps == 4
+    assert result.progress.optimizer_steps == 4
     assert called == [16, 24]  # from the one before it
     assert losses(tmp_path) == before
 
@@ -343,9 +344,9 @@ def test_settings_are_those_of_now(tmp_path):
         found_inf = property(lambda self: None, lambda self, value: None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_optimizer", lambda *a: _of_class(older(*a), Skipping))
+        patch.setattr(prepare, "make_optimizer", lambda *a: _of_class(older(*a), Skipping))
         train(tiny_stage(), tiny_config(clips=16), RunConfig(str(tmp_path)))
-        patch.setattr(loop, "make_optimizer", newer)
+        patch.setattr(prepare, "make_optimizer", newer)
         train(tiny_stage(), tiny_config(), RunConfig(str(tmp_path)))
     assert seen == [[(True, (0.9, 0.99))] * 2] * 2
 
@@ -491,7 +492,7 @@ def test_step_that_is_not_finite_is_skipped_and_counted(tmp_path, value):
     stage = tiny_stage(objective=broken({8}, value), val_set=None)
     cfg = tiny_config(save_every_clips=8, keep_checkpoints=4, warmup_clips=0)
     result = train(stage, cfg, RunConfig(str(tmp_path)))
-    assert (result.progress.steps, result.progress.skipped) == (4, 1)
+    assert (result.progress.optimizer_steps, result.progress.skipped) == (4, 1)
     from safetensors.torch import load_file
 
     folder = tmp_path / "checkpoints"
@@ -512,8 +513,8 @@ def test_figures_read_a_step_later_are_the_same(tmp_path, monkeypatch):
     cfg = tiny_config(clips=96, log_every_clips=24, warmup_clips=0)
     stage = tiny_stage(objective=broken({8, 40}))
     train(stage, cfg, RunConfig(str(tmp_path / "at once")))
-    at_once = loop.Flight
-    monkeypatch.setattr(loop, "Flight", lambda behind: at_once(1))
+    at_once = loop.AsyncMetrics
+    monkeypatch.setattr(loop, "AsyncMetrics", lambda max_behind: at_once(1))
     train(tiny_stage(objective=broken({8, 40})), cfg, RunConfig(str(tmp_path / "later")))
     keys = ("clips", "loss", "grad_norm", "lr", "skipped", "val/loss")
     a, b = (
@@ -577,7 +578,7 @@ def test_gradient_is_clipped_by_its_global_norm(tmp_path):
         return Spy(param_groups(model, 0.0), lr=cfg.lr, fused=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_optimizer", make)
+        patch.setattr(prepare, "make_optimizer", make)
         train(tiny_stage(), tiny_config(grad_clip=0.25), RunConfig(str(tmp_path)))
     norms = [x["grad_norm"] for x in read_metrics(tmp_path / "metrics.jsonl") if "loss" in x]
     assert all(norm > 0.25 for norm in norms)  # what is logged is the norm before clipping
@@ -598,7 +599,7 @@ def test_minutes_rule_the_schedule_and_the_end(tmp_path, monkeypatch):
     cfg = tiny_config(minutes=0.5, warmup_clips=0, save_every_clips=8, clips=1, keep_checkpoints=9)
     stage = tiny_stage(objective=slow, val_set=None)
     result = train(stage, cfg, RunConfig(str(tmp_path / "a")))
-    assert result.progress.steps == 5
+    assert result.progress.optimizer_steps == 5
     assert result.progress.seconds == pytest.approx(30.0)
     lines = [x for x in read_metrics(tmp_path / "a/metrics.jsonl") if "lr" in x]
     expected = [0.01 * lr_factor(8, i / 5, 0, "cosine") for i in range(5)]
@@ -607,7 +608,7 @@ def test_minutes_rule_the_schedule_and_the_end(tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "a/checkpoints" / newer)
     clock.now = 1e6  # another process, another day
     again = train(tiny_stage(objective=slow, val_set=None), cfg, RunConfig(str(tmp_path / "a")))
-    assert again.progress.steps == 5
+    assert again.progress.optimizer_steps == 5
     assert again.progress.seconds == pytest.approx(30.0)
 
 
@@ -628,7 +629,7 @@ def test_a_timed_run_is_validated_at_its_end_however_long_a_save_takes(tmp_path,
     monkeypatch.setattr(loop.Checkpoints, "save", slow_save)
     cfg = tiny_config(minutes=1 / 3, save_every_clips=16, val_every_clips=None)
     result = train(tiny_stage(objective=slow), cfg, RunConfig(str(tmp_path)))
-    assert result.progress.steps == 3 and "loss" in result.metrics
+    assert result.progress.optimizer_steps == 3 and "loss" in result.metrics
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["clips"] for line in lines if "val/loss" in line] == [24]
 
@@ -676,7 +677,7 @@ def test_validation_sees_the_ema_weights(tmp_path):
 def test_no_trace_restores_gradients_flags_weights_and_generators():
     model = TinyNet()
     model.tower.eval()  # a frozen tower stays in eval mode
-    ema = Ema(WholeShards(model), 64.0, 0.5)
+    ema = Ema(WholeParams(model), 64.0, 0.5)
     ema.average["up.weight"].zero_()
     gradient = torch.ones_like(model.up.weight)
     model.up.weight.grad = gradient.clone()
@@ -750,7 +751,7 @@ def test_fp16_halves_its_scale_until_gradients_are_finite_and_trains(tmp_path):
     stage = tiny_stage()
     result = train(stage, tiny_config(clips=320, lr_schedule="constant"), run)
     train(tiny_stage(), tiny_config(clips=320), RunConfig(str(tmp_path / "no")))
-    assert result.progress.steps == 40 and result.progress.skipped < 20
+    assert result.progress.optimizer_steps == 40 and result.progress.skipped < 20
     assert stage.model.up.weight.dtype == torch.float32
     assert losses(tmp_path / "fp16")[-1] < 0.9 * losses(tmp_path / "no")[0]
 

@@ -17,7 +17,7 @@ from tests.helpers.tiny_stage import tiny_config
 class Net(nn.Module):
     """One parameter of each kind."""
 
-    ends = ("last",)
+    muon_exclude = ("last",)
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,13 +7,13 @@ import av
 import pytest
 
 from dalle2_video.training.loop import train
-from dalle2_video.training.plot import curves, report
+from dalle2_video.training.plot import curves, plot
 from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ROOT
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 
 
-def test_curves_by_figure_and_kind() -> None:
+def test_curves_by_metric_and_kind() -> None:
     lines = [
         {"clips": 8, "loss": 2.0, "seconds": 1.0},
         {"clips": 16, "loss": None},  # was not finite
@@ -31,14 +31,14 @@ def test_a_picture_per_stage(tmp_path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
-        str(tmp_path / stage / "report.png") for stage in ("base", "clip")
+        str(tmp_path / stage / "plot.png") for stage in ("base", "clip")
     ]
     assert "32 clips" in done.stdout
-    with av.open(str(tmp_path / "base/report.png")) as picture:
+    with av.open(str(tmp_path / "base/plot.png")) as picture:
         frame = next(picture.decode(video=0)).to_ndarray(format="rgb24")
     assert frame.shape[1] > 1000 and 0.5 < (frame > 250).mean() < 0.999  # lines on white
 
 
-def test_a_folder_without_figures_is_told(tmp_path) -> None:
+def test_a_folder_without_metrics_is_an_error(tmp_path) -> None:
     with pytest.raises(SystemExit, match="no stage with a metrics"):
-        report(tmp_path)
+        plot(tmp_path)

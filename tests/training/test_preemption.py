@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle2_video.training.checkpoints import whole_checkpoints
+from dalle2_video.training.checkpoint_files import whole_checkpoints
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
 from dalle2_video.training.preemption import EXIT_CODE, FILE, SIGNALS, Signals
