@@ -1,11 +1,12 @@
-"""Measure a run by its samples: figures as JSON, samples as mp4 and a contact sheet.
+"""Judge a run by its samples: metrics as JSON, samples as mp4 and a contact sheet.
 
     python evaluate.py train_name=run1
     python evaluate.py train_name=run1 evaluate.metric=nearest evaluate.split=train
     python evaluate.py train_name=run1 evaluate.metric=nll evaluate.split=val
 
-The first reads the attributes that the captions of `combo` name (embedded data); the second asks
-whether overfitted samples show their own clips; the third bounds bits per dimension, and no more.
+The first reads from samples what the captions of `heldout` name (embedded data); the second asks
+whether samples of a run that has learned its clips by heart show those clips; the third bounds the
+bits per dimension of the clips themselves and samples nothing.
 """
 
 import json
@@ -26,7 +27,7 @@ from dalle2_video.evaluation.alignment import (
     EvaluateConfig,
     captions_of,
     evaluate_alignment,
-    nearest_clips,
+    evaluate_nearest,
 )
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.faces.probe import load_probe
@@ -44,34 +45,33 @@ def main(cfg: DictConfig) -> None:
     dataset = CelebVTextDataset(store, plan.split, cfg.seed, every, first_windows=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision, list(cfg.cascade))
-    number = min(plan.clips, len(dataset))
+    num_clips = min(plan.clips, len(dataset))
     out = Path(cfg.out or f"{cfg.run_dir}/evaluation")
-    steps, made = cascade.num_steps(number, config), {}
+    first, last = cascade.unets[0].name, cascade.unets[-1].name
+    steps, made = cascade.num_sampler_steps(num_clips, config), {}
     if plan.metric == "nll":
-        captions = captions_of(dataset, number)
-        with tqdm(total=number, unit="clip") as bar:
-            figures = evaluate_bits(cascade, captions, plan.draws, config, bar.update)
+        captions = captions_of(dataset, num_clips)
+        with tqdm(total=num_clips, unit="clip") as bar:
+            metrics = evaluate_bits(cascade, captions, plan.draws, config, bar.update)
     elif plan.metric == "attributes":
         attributes = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
-        steps += cascade.num_steps(number, config, cascade.stages[0].name)
-        with sampling_bar(steps) as report:
-            figures, captions, made = evaluate_alignment(
-                cascade, dataset, attributes, load_probe(), number, config, report
+        steps += cascade.num_sampler_steps(num_clips, config, first)
+        with sampling_bar(steps) as progress:
+            metrics, captions, made = evaluate_alignment(
+                cascade, dataset, attributes, load_probe(), num_clips, config, progress
             )
     else:
-        captions = captions_of(dataset, number)
-        with sampling_bar(steps) as report:
-            made = cascade.sample_stages(captions.lines, config, report=report)
-        own = nearest_clips(made[cascade.stages[-1].name], captions.frames) == torch.arange(number)
-        figures = {"samples": float(number), "nearest_is_own_clip": own.float().mean().item()}
-    for stage in cascade.stages if made else ():
-        for i, clip in enumerate(made[stage.name].numpy()):
-            encode_mp4(out / "clips" / stage.name / f"{i:04d}.mp4", clip, stage.fps)
+        captions = captions_of(dataset, num_clips)
+        with sampling_bar(steps) as progress:
+            metrics, made = evaluate_nearest(cascade, captions, config, progress)
+    for unet in cascade.unets if made else ():
+        for i, clip in enumerate(made[unet.name].numpy()):
+            encode_mp4(out / "clips" / unet.name / f"{i:04d}.mp4", clip, unet.fps)
     if made:
         texts = [" ".join(lines) for lines in captions.lines]
-        save_sheet(out / "sheet.png", list(made[cascade.stages[-1].name][:32].numpy()), texts[:32])
+        save_sheet(out / "sheet.png", list(made[last][:32].numpy()), texts[:32])
         write_json(out / "captions.json", texts)
-    judged = figures | provenance() | {"mixed_precision": cfg.mixed_precision}
+    judged = metrics | provenance() | {"mixed_precision": cfg.mixed_precision}
     write_json(out / ("nll.json" if plan.metric == "nll" else "report.json"), judged)
     print(json.dumps(judged, indent=1), f"\nin {out}")
 

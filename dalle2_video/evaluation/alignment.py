@@ -15,25 +15,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dalle2_video.config import config_class
 from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import join_lines
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.faces.attributes import FaceAttributes
 from dalle2_video.faces.probe import Probe, Score, score, targets_of
-from dalle2_video.pipeline.cascade import Cascade, Report
-from dalle2_video.pipeline.sampling import SampleConfig
+from dalle2_video.pipeline.cascade import Cascade, Progress
+from dalle2_video.pipeline.sampling_config import SampleConfig
 
 
-@dataclass(frozen=True)
+@config_class
 class EvaluateConfig:
     """The section `evaluate`. metric: attributes (embedded data), nearest (does a sample show its
     own clip?), or nll (the bound on a clip's bits per dimension, by the first U-Net);
     split and clips: whose captions are sampled; draws: steps of T that stand for all, of nll.
     """
 
-    metric: Literal["attributes", "nearest", "nll"]
-    split: str
-    clips: int
+    metric: Literal["attributes", "nearest", "nll"] = "attributes"
+    split: str = "heldout"
+    clips: int = 256
     draws: int = 20
 
     def __post_init__(self) -> None:
@@ -45,7 +46,9 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions of a split: lines of each clip, the same joined into free text, clip ids, frames."""
+    """Captions of B clips: lines of each, the same joined into free text, the clips' ids and their
+    own frames, uint8 (B, F, H, W, 3).
+    """
 
     lines: list[list[str]]
     sentences: list[str]
@@ -54,7 +57,10 @@ class Captions:
 
 
 def captions_of(dataset: CelebVTextDataset, clips: int) -> Captions:
-    """The evaluation captions (one line of each category) of the first `clips` clips of a split."""
+    """The evaluation captions (one line of each category) of the first `clips` clips of a split.
+
+    Fewer where the split holds fewer.
+    """
     pointers = [dataset.eval_pointer(i) for i in range(min(clips, len(dataset)))]
     chosen = [
         dataset.captions.choose(dataset.store.lines(dataset.clips[p.index]), 0, p.sample_id, p.key)
@@ -73,7 +79,7 @@ def captions_of(dataset: CelebVTextDataset, clips: int) -> Captions:
 def alignment(
     probe: Probe, frames: Tensor, clips: Sequence[FaceAttributes], real: Tensor | None = None
 ) -> dict[str, float]:
-    """Flat figures for sampled frames uint8 (B, F, H, W, 3) and the attributes they should show.
+    """Flat metrics of sampled frames uint8 (B, F, H, W, 3) and the attributes they should show.
 
     real: the real clips of the same captions, for the probe's ceiling and for chance.
     """
@@ -82,26 +88,26 @@ def alignment(
     # each clip against a third of the set further on: other clips, each exactly once
     order = torch.arange(len(clips)).roll(max(1, len(clips) // 3))
     shuffled = {name: value[order] for name, value in targets.items()}
-    figures = flat("attribute", score(predictions, targets))
-    figures["attribute_accuracy_shuffled"] = score(predictions, shuffled).mean
+    metrics = flat("attribute", score(predictions, targets))
+    metrics["attribute_accuracy_shuffled"] = score(predictions, shuffled).mean
     light = {name: rule.predict(frames) for name, rule in probe.light.items()}
-    figures |= flat("light_rule", score(light, targets), chance=False)
+    metrics |= flat("light_rule", score(light, targets), chance=False)
     if real is not None:
         seen = probe.network.predict(real)
-        figures |= flat("ceiling", score(seen, targets), chance=False)
+        metrics |= flat("ceiling", score(seen, targets), chance=False)
         # what real clips score against those other captions: chance, for the shuffled ones above
-        figures["attribute_chance_shuffled"] = score(seen, shuffled).mean
-    return figures
+        metrics["attribute_chance_shuffled"] = score(seen, shuffled).mean
+    return metrics
 
 
 def flat(prefix: str, result: Score, chance: bool = True) -> dict[str, float]:
-    """A score as flat figures with names."""
-    figures = brief(f"{prefix}_accuracy", result)
-    figures |= {f"{prefix}_accuracy_{name}": value for name, value in result.accuracy.items()}
+    """A score as flat metrics: <prefix>_accuracy, its interval, and that of each attribute."""
+    metrics = brief(f"{prefix}_accuracy", result)
+    metrics |= {f"{prefix}_accuracy_{name}": value for name, value in result.accuracy.items()}
     if chance:
-        figures["attribute_chance"] = result.mean_chance
-        figures |= {f"attribute_chance_{name}": value for name, value in result.chance.items()}
-    return figures
+        metrics["attribute_chance"] = result.mean_chance
+        metrics |= {f"attribute_chance_{name}": value for name, value in result.chance.items()}
+    return metrics
 
 
 def evaluate_alignment(
@@ -111,26 +117,39 @@ def evaluate_alignment(
     probe: Probe,
     clips: int,
     config: SampleConfig,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, float], Captions, dict[str, Tensor]]:
-    """Sample the captions as lines and as free text; (figures, captions, frames of the lines by
-    U-Net).
+    """Metrics of the captions of `clips` clips, sampled as lines and as free text.
 
-    `attribute_*` and `light_rule_*` are of the cascade's last U-Net, `accuracy_of_<name>` of the
-    others, free sentences of the first one alone.
+    Returns the flat metrics, the captions, and what each U-Net made of the lines: uint8
+    (B, F, H, W, 3) by its name. `attribute_*` and `light_rule_*` are of the cascade's last U-Net,
+    `accuracy_of_<name>` of the others, free sentences of the first one alone.
     """
     captions = captions_of(dataset, clips)
     truth = [attributes[clip_id] for clip_id in captions.clip_ids]
     targets = targets_of(truth)
-    made = cascade.sample_stages(captions.lines, config, report=report)
+    made = cascade.sample_all(captions.lines, config, progress=progress)
     *earlier, last = made
-    figures = {"samples": float(len(truth))} | alignment(probe, made[last], truth, captions.frames)
+    metrics = {"samples": float(len(truth))} | alignment(probe, made[last], truth, captions.frames)
     for name in earlier:
-        figures |= brief(f"accuracy_of_{name}", score(probe.network.predict(made[name]), targets))
+        metrics |= brief(f"accuracy_of_{name}", score(probe.network.predict(made[name]), targets))
     first = next(iter(made))
-    free = cascade.sample_stages(captions.sentences, config, report=report, last=first)[first]
-    figures |= brief("free_sentence_accuracy", score(probe.network.predict(free), targets))
-    return figures, captions, made
+    free = cascade.sample_all(captions.sentences, config, progress=progress, last=first)[first]
+    metrics |= brief("free_sentence_accuracy", score(probe.network.predict(free), targets))
+    return metrics, captions, made
+
+
+def evaluate_nearest(
+    cascade: Cascade, captions: Captions, config: SampleConfig, progress: Progress | None = None
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The share of captions whose sample is nearer to their own clip than to any other's.
+
+    Returns the flat metrics, and what each U-Net made: uint8 (B, F, H, W, 3) by its name.
+    """
+    made = cascade.sample_all(captions.lines, config, progress=progress)
+    *_, samples = made.values()
+    own = nearest_clips(samples, captions.frames) == torch.arange(len(samples))
+    return {"samples": float(len(own)), "nearest_is_own_clip": own.float().mean().item()}, made
 
 
 def brief(name: str, result: Score) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""The variational bound of a U-Net on held-out clips, in bits per dimension."""
+"""The variational bound of a U-Net on real clips, in bits per dimension.
+
+The bound is that of diffusion/variance.py, a sum of T terms. Most of it, and of its noise, lies at
+the clean end: the LAST terms are computed all, and a few random ones stand for the others.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ from dalle2_video.diffusion.variance import (
     split_output,
 )
 from dalle2_video.evaluation.alignment import Captions
-from dalle2_video.models.unet3d import Condition
+from dalle2_video.models.conditioning import Condition
 from dalle2_video.pipeline.cascade import Cascade, placed
-from dalle2_video.pipeline.sampling import SampleConfig
+from dalle2_video.pipeline.sampling_config import SampleConfig
 
-LAST = 7  # steps
+LAST = 7  # steps, of the T from noise to clip, whose terms are all computed
 FIXED = {"lower": 0.0, "middle": 0.5, "upper": 1.0}  # beta~, their geometric mean, beta
 
 
@@ -49,12 +53,14 @@ def bits_of(
     draws: int,
     term: Callable[[ReverseStep, Tensor, Tensor, Tensor], Tensor] = learned,
 ) -> dict[str, Tensor]:
-    """The bound of clips x0 (B, C, ...) of 8-bit values: name of the variance -> (B,).
+    """Bits per dimension (B,) of clips x0 by the name of the variance: those of FIXED, and
+    `learned` where the network returns raw fractions beside its prediction.
 
-    network: (z, log_snr) -> prediction, perhaps with raw fractions, which `term` (step, estimate,
-    raw, x0) makes bits of. Most of the bound, and of its noise, lies at the clean end: the LAST
-    steps are all in it, and of the others `draws` stand for all, spread by a cube. Noise and steps
-    are keyed by (seed, sample_ids (B,)).
+    x0: (B, C, ...) in [-1, 1], rounded to 8-bit values (`to_values`). network: (z, log_snr) ->
+    prediction. term: (step, estimate, raw, x0) -> bits (B,) of one step with the raw fractions.
+    draws: how many steps stand for those before the LAST; draw k of K comes from the k-th of K
+    stretches, of which those near the clip are shorter (a cube) and weigh less. Noise and steps are
+    keyed by (seed, sample_ids (B,)).
     """
     steps = diffusion.variance_steps
     last = min(LAST, steps)
@@ -88,39 +94,42 @@ def evaluate_bits(
     captions: Captions,
     draws: int,
     config: SampleConfig,
-    report: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Bits per dimension of the clips of these captions by a cascade's first U-Net, given texts and
-    the clips' own video embeddings; the mean, and half its 95 % interval, of each variance and of
-    how much less the learned one takes. A self-conditioned network is judged without an estimate.
+    """Bits per dimension of the captions' own clips by a cascade's first U-Net, as flat metrics.
+
+    The U-Net is given the texts and the clips' own video embeddings; a self-conditioned one gets no
+    estimate. `bits_per_dimension_<variance>` is the mean over clips and `..._half_width` half its
+    95 % interval; `learned_less_than_<variance>` is the mean difference. progress is called after
+    each batch with its number of clips.
     """
-    stage, device, size = cascade.stages[0], cascade.device, config.batch_size
-    model, video = stage.unet.config, cascade.clip.config.video
+    unet, device, size = cascade.unets[0], cascade.device, config.batch_size
+    model, video = unet.network.config, cascade.video_clip.config.video
     parts: dict[str, list[Tensor]] = {}
     for rows in torch.arange(len(captions.lines)).split(size):
         frames = captions.frames[rows].to(device)
         text = cascade.encode(captions.lines[int(rows[0]) : int(rows[-1]) + 1])
-        with placed(cascade.clip, device):
+        with placed(cascade.video_clip, device):
             view = to_float(frames, video.num_frames, video.image_size)
-            embedding = cascade.clip.encode_video(view)
+            embedding = cascade.video_clip.encode_video(view)
         condition = Condition.of(embedding, text.states, text.place, text.embedding)
 
         def network(z: Tensor, log_snr: Tensor, given: Condition = condition) -> Tensor:
-            return stage.unet(z, log_snr, given)
+            return unet.network(z, log_snr, given)
 
         x0 = to_values(to_float(frames, model.num_frames, model.image_size))
-        with placed(stage.unet, device):
-            found = bits_of(network, stage.diffusion, x0, rows, config.seed, draws)
+        with placed(unet.network, device):
+            found = bits_of(network, unet.diffusion, x0, rows, config.seed, draws)
         for name, values in found.items():
             parts.setdefault(name, []).append(values.cpu())
-        if report is not None:
-            report(len(rows))
+        if progress is not None:
+            progress(len(rows))
     bits = {name: torch.cat(values) for name, values in parts.items()}
     if "learned" in bits:
         bits |= {f"learned_less_than_{name}": bits[name] - bits["learned"] for name in FIXED}
-    figures = {"clips": float(len(captions.lines)), "steps": float(stage.diffusion.variance_steps)}
+    metrics = {"clips": float(len(captions.lines)), "steps": float(unet.diffusion.variance_steps)}
     for name, values in bits.items():
-        figures[f"bits_per_dimension_{name}"] = float(values.mean())
+        metrics[f"bits_per_dimension_{name}"] = float(values.mean())
         half = 1.96 * float(values.std()) / len(values) ** 0.5
-        figures[f"bits_per_dimension_{name}_half_width"] = half
-    return figures
+        metrics[f"bits_per_dimension_{name}_half_width"] = half
+    return metrics

@@ -19,7 +19,7 @@ CHUNK = 1024  # rows of the N x N score matrix that exist at a time
 
 @dataclass(frozen=True)
 class Recall:
-    """One direction. at: {k: fraction in [0, 1]}; median_rank: 1 is best, a tie counts half."""
+    """One direction. at: k -> recall at k in [0, 1]; median_rank: 1 is best, a tie counts half."""
 
     at: dict[int, float]
     median_rank: float
@@ -33,7 +33,7 @@ class Retrieval:
     video_to_text: Recall
     num_clips: int
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Flat names: recall_at_1_text_to_video ..., median_rank_..., recall_at_1_chance."""
         found = {"recall_at_1_chance": 1 / self.num_clips}
         directions = {"text_to_video": self.text_to_video, "video_to_text": self.video_to_text}
@@ -44,7 +44,7 @@ class Retrieval:
 
 
 def retrieval(video: Tensor, text: Tensor) -> Retrieval:
-    """video, text (N, D), l2-normalised, row i of one belongs to row i of the other.
+    """Recall of video and text embeddings, (N, D) each and l2-normalised; row i is of clip i.
 
     Raises ValueError on other shapes, or on numbers that are not finite (with a NaN every
     comparison is false, so that everything would look found).
@@ -60,7 +60,7 @@ def retrieval(video: Tensor, text: Tensor) -> Retrieval:
 
 
 def recall(queries: Tensor, gallery: Tensor) -> Recall:
-    """(N, D) each; the right answer of query i is gallery row i."""
+    """Recall of one direction, (N, D) each; the right answer of query i is gallery row i."""
     greater, ties = [], []
     for start in range(0, len(queries), CHUNK):
         scores = queries[start : start + CHUNK] @ gallery.T  # (n, N)

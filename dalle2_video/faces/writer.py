@@ -74,7 +74,12 @@ class FaceFormat:
 
 
 def read_attributes(path: str | os.PathLike[str]) -> dict[str, FaceAttributes]:
-    """attributes.jsonl -> attributes by clip id. Raises ValueError naming file and line."""
+    """attributes.jsonl -> attributes by clip id.
+
+    Raises ValueError that names file and line, and FileNotFoundError where the data are others.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file; only the embedded faces have one")
     found = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:

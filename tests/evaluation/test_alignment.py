@@ -1,4 +1,4 @@
-"""The headline figures, on clips whose attributes are known: rendered, wrong and shuffled ones."""
+"""The attribute metrics, on clips whose attributes are known: rendered, wrong and shuffled ones."""
 
 from types import SimpleNamespace
 
@@ -16,22 +16,22 @@ from dalle2_video.evaluation.alignment import (
     alignment,
     captions_of,
     evaluate_alignment,
+    evaluate_nearest,
     nearest_clips,
 )
 from dalle2_video.faces.probe import load_probe, score, targets_of
-from dalle2_video.faces.writer import read_attributes, write_dataset
-from dalle2_video.pipeline.sampling import SampleConfig
+from dalle2_video.faces.writer import FacesConfig, read_attributes, write_dataset
+from dalle2_video.pipeline.sampling_config import SampleConfig
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> CelebVTextDataset:
     """60 rendered clips in one split."""
     root = tmp_path_factory.mktemp("faces")
-    write_dataset(root, 60, fractions={"all": 1.0}, workers=0, progress=False)
+    write_dataset(FacesConfig(str(root), 60), {"all": 1.0}, workers=0, progress=False)
     config = DataConfig(
-        "faces", str(root), None, 4.0, 8, 32, "first", "one", "raw", 0, {"all": 1.0}, 0, None,
-        False,
-    )  # fmt: skip
+        root=str(root), fps=4.0, num_frames=8, size=32, splits={"all": 1.0}, workers=0
+    )
     preprocess(config)
     return CelebVTextDataset(open_store(config), "all", 0, CaptionPolicy(drop=False))
 
@@ -58,42 +58,42 @@ def test_captions_belong_to_their_clips(dataset) -> None:
 
 def test_real_clips_score_high_and_other_clips_do_not(dataset, truth) -> None:
     frames = torch.from_numpy(dataset.store.frames(range(60)))
-    figures = alignment(load_probe(), frames, truth, frames)
-    assert figures["attribute_accuracy"] > 0.97
-    assert figures["ceiling_accuracy"] == figures["attribute_accuracy"]
-    assert figures["light_rule_accuracy"] > 0.9
+    metrics = alignment(load_probe(), frames, truth, frames)
+    assert metrics["attribute_accuracy"] > 0.97
+    assert metrics["ceiling_accuracy"] == metrics["attribute_accuracy"]
+    assert metrics["light_rule_accuracy"] > 0.9
     # shuffled: each clip against the caption of the clip a third of the set further on
     other = {name: value.roll(-20) for name, value in targets_of(truth).items()}
     expected = score(load_probe().network.predict(frames), other).mean
-    assert figures["attribute_accuracy_shuffled"] == pytest.approx(expected)
-    assert figures["attribute_chance_shuffled"] == pytest.approx(expected)
+    assert metrics["attribute_accuracy_shuffled"] == pytest.approx(expected)
+    assert metrics["attribute_chance_shuffled"] == pytest.approx(expected)
     assert expected < 0.6
     # frames of other clips are as bad as captions of other clips
     moved = alignment(load_probe(), frames.roll(7, 0), truth)
     assert moved["attribute_accuracy"] < 0.6 and "ceiling_accuracy" not in moved
     with_one = alignment(load_probe(), torch.cat([frames[1:2], frames[1:]]), truth)
-    assert with_one["attribute_accuracy"] < figures["attribute_accuracy"]
+    assert with_one["attribute_accuracy"] < metrics["attribute_accuracy"]
 
 
 def test_the_lines_and_the_free_text_are_both_sampled(dataset, truth) -> None:
     real = torch.from_numpy(dataset.store.frames(range(12)))
     asked = []
 
-    def sample_stages(texts, config, report=None, last=None):
+    def sample_all(texts, config, sample_ids=None, progress=None, last=None):
         asked.append(texts)
         if last == "base":
             return {"base": real.roll(1, 0)}
         return {"base": real[:, ::2], "ssr": real}
 
-    cascade = SimpleNamespace(sample_stages=sample_stages)
+    cascade = SimpleNamespace(sample_all=sample_all)
     attributes = {dataset.key(i).rsplit(":", 1)[0]: clip for i, clip in enumerate(truth)}
-    figures, captions, made = evaluate_alignment(
+    metrics, captions, made = evaluate_alignment(
         cascade, dataset, attributes, load_probe(), 12, SampleConfig()
     )
     assert asked == [captions.lines, captions.sentences] and torch.equal(made["ssr"], real)
-    assert figures["samples"] == 12
-    assert figures["attribute_accuracy"] > 0.9 > 0.7 > figures["free_sentence_accuracy"]
-    assert 0.5 < figures["accuracy_of_base"] <= 1 and "accuracy_of_ssr" not in figures
+    assert metrics["samples"] == 12
+    assert metrics["attribute_accuracy"] > 0.9 > 0.7 > metrics["free_sentence_accuracy"]
+    assert 0.5 < metrics["accuracy_of_base"] <= 1 and "accuracy_of_ssr" not in metrics
 
 
 def test_nearest_clip_is_found_through_shifts_in_time_and_noise() -> None:
@@ -108,6 +108,23 @@ def test_nearest_clip_is_found_through_shifts_in_time_and_noise() -> None:
     assert nearest_clips(samples, clips)[0] == 3
 
 
+def test_the_share_of_samples_that_show_their_own_clip(dataset) -> None:
+    """Three of four samples are their clips, seen smaller; the fourth shows the first one's."""
+    captions = captions_of(dataset, 4)
+    samples = captions.frames[[0, 1, 2, 0]][:, ::2]
+    cascade = SimpleNamespace(
+        sample_all=lambda texts, config, progress: {
+            "base": captions.frames.roll(1, 0),
+            "ssr": samples,
+        }
+    )
+    metrics, made = evaluate_nearest(cascade, captions, SampleConfig())
+    assert metrics == {"samples": 4.0, "nearest_is_own_clip": 0.75}
+    assert list(made) == ["base", "ssr"]
+
+
 def test_what_to_evaluate_is_checked() -> None:
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        EvaluateConfig("nll", draws=0)
     with pytest.raises(ValueError, match="clips must be at least 1"):
-        EvaluateConfig("attributes", "combo", 0)
+        EvaluateConfig("attributes", "heldout", 0)

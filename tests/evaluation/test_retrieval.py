@@ -26,7 +26,7 @@ def test_recall_equals_a_brute_force_search(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 16)  # so that the last chunk is a partial one
     video = unit(50, 8, 0)
     text = F.normalize(video + unit(50, 8, 1), dim=-1)
-    found = retrieval(video, text).figures()
+    found = retrieval(video, text).metrics()
     for k in (1, 5, 10):
         for name, q, g in (("text_to_video", text, video), ("video_to_text", video, text)):
             expected = brute_force(q.numpy(), g.numpy(), k)
@@ -54,7 +54,7 @@ def test_a_collapsed_model_scores_chance(collapsed):
     collapsed_gallery = found.text_to_video if collapsed != "text" else found.video_to_text
     assert collapsed_gallery.at == pytest.approx({1: 1 / n, 5: 5 / n, 10: 10 / n})
     assert collapsed_gallery.median_rank == (n + 1) / 2
-    assert found.figures()["recall_at_1_chance"] == 1 / n
+    assert found.metrics()["recall_at_1_chance"] == 1 / n
 
 
 def test_two_clips_with_the_same_caption_share_the_first_place():

@@ -121,6 +121,8 @@ def test_bad_sizes_and_damaged_attributes(tmp_path):
     broken.write_text('{"clip": "x"}\n')
     with pytest.raises(ValueError, match=r"attributes\.jsonl, line 1"):
         read_attributes(broken)
+    with pytest.raises(FileNotFoundError, match="only the embedded faces"):
+        read_attributes(tmp_path / "none.jsonl")
 
 
 def test_command_line(tmp_path, capsys):
