@@ -75,7 +75,7 @@ def load_conditions(
     clip, loaded = load_clip(folder / "model.safetensors")
     cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
     cache.check_order(embedding_keys(store))
-    train = CelebVTextDataset(store, "train", seed, captions, cache, load_frames, images=images)
+    train = CelebVTextDataset(store, "train", seed, captions, cache, load_frames, num_images=images)
     still = CaptionPolicy(drop=False)
     val = CelebVTextDataset(store, validation, seed, still, cache, load_frames)
     return Conditions(clip, loaded.hash, train, val)

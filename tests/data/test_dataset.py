@@ -310,7 +310,7 @@ def test_a_slice_that_does_not_exist_is_refused(store: ClipStore) -> None:
 
 
 def test_images_come_with_their_own_captions_in_an_order_of_their_own(store: ClipStore) -> None:
-    data = dataset(store, images=3)
+    data = dataset(store, num_images=3)
     batch = next(train_loader(data, 4))
     assert batch.images is not None and batch.images.frames is not None
     assert batch.images.frames.shape == (12, 1, 8, 8, 3) and len(batch.images.captions) == 12
@@ -329,7 +329,7 @@ def test_images_come_with_their_own_captions_in_an_order_of_their_own(store: Cli
 
 def test_images_do_not_depend_on_ranks_and_workers(store: ClipStore) -> None:
     """And the clips beside them are those of training without images."""
-    data = dataset(store, images=2)
+    data = dataset(store, num_images=2)
     alone = list(islice(train_loader(data, 8), 3))
     ranks = [train_loader(data, 4, rank, 2, workers=rank) for rank in range(2)]
     for whole, *parts in zip(alone, *ranks, strict=False):

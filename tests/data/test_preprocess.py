@@ -298,9 +298,9 @@ def test_a_changed_archive_is_made_again_and_said(tmp_path: Path) -> None:
     write_zip(tmp_path / "a.zip", clips(1))
     preprocess(config(tmp_path))
     write_zip(tmp_path / "a.zip", clips(1, 2))
-    said: list[str] = []
-    assert preprocess(config(tmp_path), said.append).clips == 2
-    assert len(said) == 1 and "a.zip has changed" in said[0]
+    logged: list[str] = []
+    assert preprocess(config(tmp_path), logged.append).clips == 2
+    assert len(logged) == 1 and "a.zip has changed" in logged[0]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -313,9 +313,9 @@ def test_a_missing_or_damaged_file_of_a_shard_is_made_again(tmp_path: Path, whic
         path.write_bytes(whole[:-20])
     else:
         path.unlink()
-    said: list[str] = []
-    assert preprocess(config(tmp_path), said.append).made == 2
-    assert path.name in said[0] and open_store(config(tmp_path)).frames([1]).any()
+    logged: list[str] = []
+    assert preprocess(config(tmp_path), logged.append).made == 2
+    assert path.name in logged[0] and open_store(config(tmp_path)).frames([1]).any()
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -85,7 +85,7 @@ def test_b_frames_come_in_display_order() -> None:
     assert numbers(frames - texture.mean(), 5) == list(range(24))
 
 
-def test_start_moves_the_window() -> None:
+def test_start_moves_the_frames() -> None:
     video = write_video(grey_steps(20))
     clip = decode_clip(video, 10.0, 5, 32, start=0.7)
     assert numbers(clip.frames) == [7, 8, 9, 10, 11]

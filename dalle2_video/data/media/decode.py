@@ -57,9 +57,9 @@ def decode_clip(
 
     `source` is a path or the bytes of a video file. Decoding stops at the last frame needed, and
     in H.264 leaves out frames that neither are needed nor have others built upon them. The last
-    frame of a stream lasts as long as it says, or else as a frame on average. Raises ClipError,
-    naming the cause, for what is no video, is damaged or truncated where it is needed, or is too
-    short.
+    frame of a stream lasts for its own duration, or else for that of a frame on average. Raises
+    ClipError, naming the cause, for what is no video, is damaged or truncated where it is needed,
+    or is too short.
     """
     most = num_frames * (MOST_WINDOWS if windows == "all" else 1)
     shown: _ShownFrames | None = None

@@ -83,7 +83,7 @@ def _upright(
     image: np.ndarray, aspect: float, matrix: tuple[int, int, int, int]
 ) -> tuple[np.ndarray, float]:
     a, b, c, d = matrix
-    if a == 0:  # x and y change places; then c says whether x' is mirrored, b whether y' is
+    if a == 0:  # x and y change places: x' = c y, y' = b x, -1 mirrors
         image, aspect, a, d = image.transpose(1, 0, 2), 1 / aspect, c, b
     return image[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1], aspect
 

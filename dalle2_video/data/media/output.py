@@ -1,4 +1,4 @@
-"""Sampled clips as files that say what they show: mp4 or PNG frames."""
+"""Sampled clips as mp4 or PNG files with title and facts in their metadata."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def write_clip(
 ) -> Path:
     """folder/name.mp4, or folder/name/0000.png and so on, of uint8 RGB (F, H, W, 3).
 
-    title and facts (JSON values) stand in the file's metadata: `title` and `comment` of the mp4 or
-    of each PNG. Returns the path of the file or of the folder.
+    title and facts (JSON values) become `title` and `comment` in the metadata of the mp4 or of each
+    PNG. Returns the path of the file or of the folder. ValueError as `encode_mp4`.
     """
     comment = json.dumps(facts)
     if form == "mp4":

@@ -47,7 +47,7 @@ def mean_frame_duration(stream: av.VideoStream) -> float:
 def stream_length(source: bytes | str | os.PathLike[str]) -> float:
     """Seconds from the first frame of the stream to the end of its last; nothing is decoded.
 
-    ClipError where the packets have no time stamps, or end long before the header says.
+    ClipError where the packets have no time stamps, or end long before the length in the header.
     """
     with open_video(source) as container:
         stream = video_stream(container)
@@ -66,7 +66,7 @@ def stream_length(source: bytes | str | os.PathLike[str]) -> float:
 
 
 def check_end(stream: av.VideoStream, end: float, duration: float) -> None:
-    """ClipError where the stream ends long before its header says.
+    """ClipError where the stream ends long before the length in its header.
 
     end: seconds since its first frame; duration: seconds of one frame.
     """

@@ -1,4 +1,4 @@
-"""Reads a whole store back and tells whether to trust it: `python preprocess.py check=true`."""
+"""Reads a whole store back and lists what is wrong with it: `python preprocess.py check=true`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class CheckReport:
 def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
     """Verifies counts, shapes, time stamps, hashes, tokens and splits.
 
-    Writes check.json and check.png into the store.     StoreError where the store cannot be opened at all, which names the file.
+    Writes check.json and check.png into the store. StoreError, naming the file, where the
+    store cannot be opened at all.
     """
     root = config.store
     store = ClipStore.open(root, config.splits, config.split_seed)

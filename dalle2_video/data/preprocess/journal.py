@@ -6,7 +6,7 @@ Two hidden files beside the shards, gone when the shard stands whole:
 <folder>/.<shard>.clips.partial    a JSON line for what the shard is made from, then one per clip
 
 A clip's line is written after its frames. So a torn last line, and frames without a line, are all
-that a kill can leave; both are cut off on opening. A hash per clip tells frames that a power cut
+that a kill can leave; both are cut off on opening. A hash per clip finds frames that a power cut
 lost.
 """
 

@@ -15,9 +15,9 @@ from dalle2_video.data.store.shard import (
     FORMAT,
     StoreError,
     index_paths,
+    is_whole_index,
     read_index,
     shard_paths,
-    stands,
 )
 
 
@@ -52,14 +52,16 @@ def write_manifest(
 ) -> Summary:
     """Joins what all shards left out, with what never reached a shard, into manifest.json.
 
-    StoreError where a file of a shard is gone and its archive too, so that it cannot be made anew.
+    StoreError where a file of a shard is gone and its archive too, so that it cannot be made again.
     """
     skipped = [
         {"archive": relative_name(p.archive, config.root), "file": p.member, "cause": p.cause}
         for p in problems
     ]
     texts, shards, lines_split, clips, size = [], {}, 0, 0, 0
-    for path in filter(stands, index_paths(config.store)):  # another part may be at work on one
+    for path in filter(
+        is_whole_index, index_paths(config.store)
+    ):  # another part may be at work on one
         index = read_index(path)
         archive = index["archive"]
         kept = sum(clip["status"] == "kept" for clip in index["clips"])

@@ -208,7 +208,7 @@ def _finish(task: _Task, value: Any, error: Exception | None) -> None:
 
 
 def _serve(pipe: connection.Connection, function: Callable[..., Any]) -> None:
-    """A worker: says that it is there, then answers task after task."""
+    """A worker: sends None when it is up, then a result per task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
     _end_with_parent()
     pipe.send(None)

@@ -45,9 +45,9 @@ from dalle2_video.data.store.shard import (
     ShardWriter,
     StoreError,
     index_paths,
+    is_whole_index,
     read_index,
     shard_paths,
-    stands,
 )
 from dalle2_video.data.store.texts import write_texts
 
@@ -134,7 +134,7 @@ def _known_clips(config: DataConfig, todo: set[str], elsewhere: set[str]) -> dic
     """
     known = {}
     for path in index_paths(config.store):
-        if path.stem in todo or (path.stem in elsewhere and not stands(path)):
+        if path.stem in todo or (path.stem in elsewhere and not is_whole_index(path)):
             continue
         index = read_index(path)
         if Settings(**index["settings"]) != config.settings:
@@ -152,7 +152,7 @@ def _owners(
     """clip id -> the first archive that holds it, of those without a shard: parts must agree."""
     owners: dict[str, str] = {}
     for source in sources:
-        if config.overwrite or not stands(shard_paths(config.store, source.name)[2]):
+        if config.overwrite or not is_whole_index(shard_paths(config.store, source.name)[2]):
             for clip in source.videos:
                 if clip not in known:
                     owners.setdefault(clip, source.name)
@@ -317,7 +317,7 @@ def _lock(out: Path, part: int, parts: int) -> Iterator[None]:
 
 @contextmanager
 def _disk(out: Path) -> Iterator[None]:
-    """A full disk as an error that says what to do."""
+    """Turns the error of a full disk into a StoreError that names the remedy."""
     try:
         yield
     except OSError as error:

@@ -74,14 +74,15 @@ class ClipOrder:
 
 
 class Pointer(NamedTuple):
-    """One meeting with a clip: its global sample id, position in the split and key, and how many
-    images come with it.
+    """One meeting with a clip: its global sample id, position in the split and key.
+
+    num_images: single frames of any clips that come with it.
     """
 
     sample_id: int
     index: int
     key: str
-    images: int = 0
+    num_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class CelebVTextDataset:
 
     seed keys the order and the caption choice; the store knows who is in which split.
     first_windows: one window of each clip, for evaluations that must not meet a caption twice.
-    images: with each clip of training come this many single frames of any clips, each with its own
+    num_images: single frames of any clips that come with each clip of training, each with its own
     caption and embedding; they have an order of their own.
     Raises StoreError where the split has no clip.
     """
@@ -147,7 +148,7 @@ class CelebVTextDataset:
         embeddings: Embeddings | None = None,
         load_frames: bool = True,
         first_windows: bool = False,
-        images: int = 0,
+        num_images: int = 0,
     ) -> None:
         self.store, self.name, self.seed = store, split, seed
         self.captions, self.embeddings, self.load_frames = captions, embeddings, load_frames
@@ -159,7 +160,7 @@ class CelebVTextDataset:
                 f"split {split!r} of {store.root} has none of its {len(store)} clips: "
                 "preprocess more archives or change data.splits"
             )
-        self.images, self._image_seed = images, keyed.key(seed, "seed", "images")
+        self.num_images, self._image_seed = num_images, keyed.key(seed, "seed", "images")
         shards = store.shard_numbers(self.clips)
         self._order = ClipOrder(len(self.clips), seed, shards)
         self._image_order = ClipOrder(len(self.clips), self._image_seed, shards)
@@ -178,7 +179,7 @@ class CelebVTextDataset:
     def pointer(self, sample_id: int) -> Pointer:
         """The clip that training meets at this global sample id."""
         index = self._order(sample_id)
-        return Pointer(sample_id, index, self.key(index), self.images)
+        return Pointer(sample_id, index, self.key(index), self.num_images)
 
     def eval_pointer(self, index: int) -> Pointer:
         """The split's clip number `index`, which is its sample id too."""
@@ -191,15 +192,16 @@ class CelebVTextDataset:
 
     def collate(self, pointers: Sequence[Pointer]) -> Batch:
         """Loads the frames, chooses the captions and looks the embeddings up by key."""
-        batch = self._collate(pointers, images=False)
-        sample_ids = [p.sample_id * p.images + j for p in pointers for j in range(p.images)]
+        batch = self._collate(pointers, self.seed, stills=False)
+        sample_ids = [p.sample_id * p.num_images + j for p in pointers for j in range(p.num_images)]
         if not sample_ids:
             return batch
-        images = self._collate([self.image_pointer(c) for c in sample_ids], images=True)
+        pointers = [self.image_pointer(sample_id) for sample_id in sample_ids]
+        images = self._collate(pointers, self._image_seed, stills=True)
         return replace(batch, images=images)
 
-    def _collate(self, pointers: Sequence[Pointer], images: bool) -> Batch:
-        seed = self._image_seed if images else self.seed
+    def _collate(self, pointers: Sequence[Pointer], seed: int, stills: bool) -> Batch:
+        """A batch without images; stills: of each clip one frame, drawn by its sample id."""
         clips = [self.clips[pointer.index] for pointer in pointers]
         keys = [pointer.key for pointer in pointers]
         for pointer, clip in zip(pointers, clips, strict=True):
@@ -212,7 +214,7 @@ class CelebVTextDataset:
             ]
         )
         frames = None
-        if self.load_frames and images:
+        if self.load_frames and stills:
             number = self.store.settings.num_frames
             chosen = [keyed.key(seed, pointer.sample_id, "frame") % number for pointer in pointers]
             frames = torch.from_numpy(self.store.stills(clips, chosen)).unsqueeze(1)

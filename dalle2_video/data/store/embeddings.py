@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dalle2_video.data.atomic import whole
+
 FORMAT = "dalle2-video-embeddings/1"
 NORM_TOLERANCE = 1e-3
 REMEDY = "have the data or data.splits changed? run train_clip.py again, which rewrites the cache"
@@ -42,7 +44,7 @@ class EmbeddingCache:
 
     @staticmethod
     def load(path: str | os.PathLike[str], clip_hash: str | None) -> EmbeddingCache:
-        """Read a cache; EmbeddingError where it is missing, damaged or of another CLIP checkpoint.
+        """Reads a cache; EmbeddingError where it is missing, damaged or of another CLIP checkpoint.
 
         clip_hash: of the checkpoint in use. None accepts any, for a caller who reads it from the
         cache and checks it against something else.
@@ -105,7 +107,7 @@ class EmbeddingCache:
 def write_embeddings(
     path: str | os.PathLike[str], keys: Sequence[str], embeddings: Tensor, clip_hash: str
 ) -> None:
-    """Write a cache under a temporary name, flush it and rename it.
+    """Writes a cache, whole or not at all.
 
     embeddings (N, D), finite, l2-normalised; keys: N distinct ones. EmbeddingError otherwise.
     """
@@ -114,16 +116,9 @@ def write_embeddings(
     problem = _problem(tuple(keys), embeddings)
     if problem:
         raise EmbeddingError(f"{path}: not written, {problem}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "clip_hash": clip_hash, "keys": json.dumps(list(keys))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({"embeddings": embeddings}, temporary, metadata=header)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as partial:
+        save_file({"embeddings": embeddings}, partial, metadata=header)
 
 
 def _problem(keys: tuple[str, ...], embeddings: Tensor) -> str | None:

@@ -64,7 +64,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def stands(path: Path) -> bool:
+def is_whole_index(path: Path) -> bool:
     """Whether an index is there, whole and of this format."""
     try:
         read_index(path)
@@ -142,8 +142,8 @@ class ShardWriter:
 class ShardReader:
     """An open videos/<shard>.h5, read by its offsets.
 
-    HDF5 says where the contiguous data sets lie, and is closed again: an open HDF5 file takes 1 MB,
-    one more in a worker for every shard, and a read through it four times as long.
+    HDF5 gives the offsets of the contiguous data sets and is closed again: an open HDF5 file takes
+    1 MB in every worker, and a read through it takes four times as long.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:

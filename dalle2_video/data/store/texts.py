@@ -17,7 +17,7 @@ FORMAT = 2
 def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[Line]]]) -> None:
     """texts/<shard>.pt: for each clip of the shard its lines by category.
 
-    Plain tensors, so that a reader maps the file in place of holding it: tokens int32 (all ids, end
+    Plain tensors, which a reader maps instead of holding them: tokens int32 (all ids, end
     to end), token_end int64 (lines,), category int8 (lines,), line_end int64 (rows,), text uint8
     (UTF-8, end to end), text_end int64 (lines,).
     """
