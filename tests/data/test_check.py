@@ -17,9 +17,9 @@ from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.shard import StoreError, shard_paths
 from dalle2_video.data.store.store import ClipStore
-from tests.data.test_preprocess import clips, config
 from tests.helpers.launching import ROOT
 from tests.helpers.media import clip_id, write_zip
+from tests.helpers.stores import clips, config
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.store import open_store
-from tests.data.test_preprocess import config, manifest, tree
 from tests.helpers.media import captions, clip_id, write_video, write_zip
+from tests.helpers.stores import config, manifest, tree
 
 GOOD = range(900, 906)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -31,56 +29,7 @@ from dalle2_video.data.store.shard import StoreError, shard_paths
 from dalle2_video.data.store.store import open_store
 from tests.helpers.launching import ROOT
 from tests.helpers.media import captions, clip_id, grey_steps, index_first, write_video, write_zip
-
-SPLITS = {"train": 0.8, "val": 0.2}
-
-
-def config(root: Path, **changes) -> DataConfig:
-    base = DataConfig(
-        name="test",
-        root=str(root),
-        out=None,
-        fps=5.0,
-        num_frames=6,
-        size=16,
-        span="first",
-        windows="one",
-        encoding="raw",
-        split_seed=0,
-        splits=SPLITS,
-        workers=0,
-        seconds_per_clip=None,
-        overwrite=False,
-    )
-    return replace(base, **changes)
-
-
-def video(person: int) -> bytes:
-    """1.5 s at 10 fps of a grey scale whose step tells the person."""
-    return write_video(grey_steps(15, step=2 + person % 8))
-
-
-def clips(*people: int) -> dict[str, bytes]:
-    return {clip_id(person): video(person) for person in people}
-
-
-def manifest(out: Path) -> dict:
-    return json.loads((out / "manifest.json").read_text("utf-8"))
-
-
-def skipped(out: Path) -> dict[str, str]:
-    """file -> cause, as the manifest lists it."""
-    return {item["file"]: item["cause"] for item in manifest(out)["skipped"]}
-
-
-def tree(root: Path) -> dict[str, str]:
-    """Every file below root with the hash of its bytes."""
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
-
+from tests.helpers.stores import clips, config, manifest, skipped, tree, video
 
 # ---------------------------------------------------------------- what is kept
 
@@ -334,9 +283,10 @@ def test_a_lost_file_whose_archive_is_gone_is_named(tmp_path: Path, which: int) 
 KILLED = """
 import os, signal, sys
 import psutil
-from dalle2_video.data.config import DataConfig
+from pathlib import Path
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.preprocess.journal import Journal
+from tests.helpers.stores import config
 append, count = Journal.append, 0
 def stop(self, clip, frames=None):
     global count
@@ -348,9 +298,7 @@ def stop(self, clip, frames=None):
         os.kill(os.getpid(), signal.SIGKILL)
     return append(self, clip, frames)
 Journal.append = stop
-splits = {"train": 1.0}
-stored = 5.0, 6, 16, "first", "one", "raw"
-preprocess(DataConfig("test", sys.argv[1], None, *stored, 0, splits, 2, None, False))
+preprocess(config(Path(sys.argv[1]), workers=2))
 """
 
 
@@ -411,7 +359,7 @@ def _hang_at_one(clip: str, *arguments: object) -> object:
     ("worker", "cause"),
     [
         (_die_at_one, "its worker died 2 times (SIGKILL)"),
-        (_hang_at_one, "it took longer than 6 s"),
+        (_hang_at_one, "it took longer than 3 s"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_costs_its_own_clip_only(
@@ -419,7 +367,7 @@ def test_a_worker_that_dies_or_hangs_costs_its_own_clip_only(
 ) -> None:
     write_zip(tmp_path / "a.zip", clips(*range(1, 6)))
     monkeypatch.setattr("dalle2_video.data.preprocess.run._make_clip", worker)
-    made = config(tmp_path, workers=2, seconds_per_clip=6.0)
+    made = config(tmp_path, workers=2, seconds_per_clip=3.0)
     assert preprocess(made).clips == 4
     assert open_store(made).clip_ids == [clip_id(person) for person in (1, 3, 4, 5)]
     assert skipped(tmp_path) == {f"videos/celebvtext_6/{clip_id(2)}.mp4": cause}
@@ -479,12 +427,11 @@ def test_parts_make_together_what_one_run_makes(tmp_path: Path) -> None:
 
 FULL = """
 import resource, sys
-from dalle2_video.data.config import DataConfig
+from pathlib import Path
 from dalle2_video.data.preprocess.run import preprocess
+from tests.helpers.stores import config
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # room for 6 clips of 4,608 bytes
-splits = {"train": 1.0}
-stored = 5.0, 6, 16, "first", "one", "raw"
-preprocess(DataConfig("test", sys.argv[1], None, *stored, 0, splits, 0, None, False))
+preprocess(config(Path(sys.argv[1])))
 """
 
 

@@ -22,8 +22,8 @@ from dalle2_video.data.store.shard import ShardWriter, StoreError, read_index, s
 from dalle2_video.data.store.store import open_store
 from dalle2_video.faces.plan import plan
 from dalle2_video.faces.writer import FaceFormat, draw_clip
-from tests.data.test_preprocess import config, skipped
 from tests.helpers.media import clip_id, grey_steps, index_first, numbers, write_video, write_zip
+from tests.helpers.stores import config, skipped
 
 STEP = 4  # so that 60 frames have their own grey
 

@@ -125,6 +125,30 @@ def numbers(frames: np.ndarray, step: int = 8) -> list[int]:
     return np.rint(frames.mean((1, 2, 3)) / step).astype(int).tolist()
 
 
+PATCHES = np.array(
+    [
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]],
+        [[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0]],
+        [[200, 120, 90], [90, 60, 50], [30, 40, 200], [128, 128, 128]],
+        [[250, 220, 200], [10, 80, 20], [70, 10, 90], [60, 60, 60]],
+    ],
+    np.uint8,
+)
+
+
+def patches(height: int = 64) -> np.ndarray:
+    """Two frames of 4 x 4 plain patches."""
+    return np.kron(PATCHES, np.ones((height // 4, height // 4, 1), np.uint8))[None].repeat(2, 0)
+
+
+def patch_colours(frame: np.ndarray) -> np.ndarray:
+    """(4, 4, 3) mean of the inner half of each patch: chroma is blurred at the borders."""
+    step = frame.shape[0] // 4
+    tiles = frame.reshape(4, step, 4, step, 3).transpose(0, 2, 1, 3, 4)
+    inner = slice(step // 4, step - step // 4)
+    return tiles[:, :, inner, inner].mean((2, 3))
+
+
 def clip_id(person: int, number: int = 0) -> str:
     """{11 characters}_{n}_{m}, with '_' and '-' in the id as in real ones."""
     return f"a_{person:04d}-b_cd_{number}_0"
