@@ -1,19 +1,17 @@
-"""One HTML page with the players of each sampled clip, and all clips in one mp4."""
+"""The report: an HTML page with a table and players of each sampled clip; all clips in one mp4."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import av
 import numpy as np
 
 from dalle2_video.data.media.encode import encode_mp4
-
-if TYPE_CHECKING:
-    from dalle2_video.evaluation.demo import Row
+from dalle2_video.evaluation.summary import Row
 
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222 }
@@ -30,24 +28,27 @@ def write_page(
     folder: Path,
     captions: Sequence[str],
     rows: Sequence[Row],
-    figures: Mapping[str, Any],
-    stages: Sequence[str],
+    metrics: Mapping[str, Any],
+    unets: Sequence[str],
 ) -> None:
     """index.html over folder/clips/<U-Net>/*.mp4, each clip as every U-Net made it; samples.mp4
     with the last one's clips side by side.
+
+    captions: one for each clip, in the order of the files' names. metrics: of these the page shows
+    commit and hardware. ValueError where there are fewer clips than captions.
     """
-    paths = sorted((folder / "clips" / stages[-1]).glob("*.mp4"))[: len(captions)]
+    paths = sorted((folder / "clips" / unets[-1]).glob("*.mp4"))[: len(captions)]
     table = "".join(
-        f"<tr><td>{html.escape(r.stage)}<td>{r.minutes:.1f}<td>{html.escape(r.figure)}"
+        f"<tr><td>{html.escape(r.stage)}<td>{r.minutes:.1f}<td>{html.escape(r.metric)}"
         f"<td>{html.escape(r.chance)}"
         for r in rows
     )
     players = "".join(
         "<figure>"
         + "".join(
-            f'<video src="clips/{stage}/{path.name}" title="{stage}" controls loop muted autoplay>'
+            f'<video src="clips/{unet}/{path.name}" title="{unet}" controls loop muted autoplay>'
             "</video>"
-            for stage in stages
+            for unet in unets
         )
         + f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for path, caption in zip(paths, captions, strict=True)
@@ -55,9 +56,9 @@ def write_page(
     (folder / "index.html").write_text(
         f"<!doctype html><meta charset=utf-8><title>DALLE2-video demo</title><style>{STYLE}</style>"
         f"<h1>DALLE2-video: sampled from captions of unseen combinations</h1>"
-        f"<p>commit {html.escape(str(figures['commit']))}, {html.escape(figures['hardware'])}</p>"
-        f"<table><tr><th>stage<th>minutes<th>figure<th>chance{table}</table>"
-        f"<p>Each clip from left to right: {', '.join(stages)}.</p>"
+        f"<p>commit {html.escape(str(metrics['commit']))}, {html.escape(metrics['hardware'])}</p>"
+        f"<table><tr><th>stage<th>minutes<th>metric<th>chance{table}</table>"
+        f"<p>Each clip from left to right: {', '.join(unets)}.</p>"
         f'<div class="clips">{players}</div>',
         encoding="utf-8",
     )

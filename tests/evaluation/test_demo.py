@@ -1,155 +1,160 @@
-"""`make demo`: what is run, what is kept, and what the table and the page say."""
+"""`make demo`: its budget, its state, how it runs scripts, and the real thing."""
 
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
-from dalle2_video.data.media.encode import encode_mp4
-from dalle2_video.evaluation import demo
-from dalle2_video.evaluation.demo import Demo, last_validation
-from dalle2_video.evaluation.page import grid, read_mp4
+import demo
+from tests.helpers.launching import ENVIRONMENT, ROOT
 
-JUDGED = {
-    "samples": 3.0, "attribute_accuracy": 0.7, "attribute_accuracy_low": 0.65,
-    "attribute_accuracy_high": 0.75, "attribute_chance": 0.4, "attribute_accuracy_shuffled": 0.35,
-    "attribute_chance_shuffled": 0.33, "ceiling_accuracy": 0.99, "accuracy_of_base": 0.71,
-}  # fmt: skip
-VALIDATION = {
-    "clip": {"recall_at_1_chance": 1 / 295, "recall_at_1_text_to_video": 0.7,
-             "recall_at_1_video_to_text": 0.6},
-    "prior": {"loss": 0.1, "cosine_to_video": 0.9, "cosine_to_another_video": 0.4},
-    "base": {"loss": 0.0123}, "tsr": {"loss": 0.0456}, "ssr": {"loss": 0.0789},
-}  # fmt: skip
+# ---------------------------------------------------------------- budget and precision
+
+
+def test_training_gets_what_starting_and_judging_leave() -> None:
+    minutes = demo.training_minutes(20, 1.5, 340)
+    # 6 starts less preprocessing's: 5 of 0.1 + 50 / 340; judging 0.2 + 340 / 340
+    assert sum(minutes.values()) == pytest.approx(20 - 1.5 - 1.2 - 5 * (0.1 + 50 / 340))
+    assert minutes["base"] / minutes["clip"] == pytest.approx(0.64 / 0.14)
+    assert list(minutes) == ["clip", "prior", "base", "tsr", "ssr"]
+    slower = demo.training_minutes(20, 1.5, 100)
+    assert all(slower[stage] < minutes[stage] for stage in minutes)
+    with pytest.raises(SystemExit, match=r"1\.5 minutes leave nothing"):
+        demo.training_minutes(1.5, 0.1, 340)
+
+
+def test_the_precision_is_that_of_the_faster_product() -> None:
+    assert demo.faster_precision({"bf16": 0.2, "no": 0.3}) == "bf16"
+    assert demo.faster_precision({"bf16": 0.5, "no": 0.1}) == "no"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_product_takes_as_long_as_another_clock_finds(name: str, dtype: torch.dtype) -> None:
+    """By processor time over all threads, of which a product keeps at most all busy."""
+    matrix = torch.randn(512, 512).to(dtype)
+    found = []
+    for _ in range(20):
+        begun = time.process_time()
+        matrix @ matrix
+        found.append(time.process_time() - begun)
+    threads = torch.get_num_threads()
+    assert min(found) / threads / 3 < demo.product_seconds(name) < 5 * sorted(found)[10]
+
+
+# ---------------------------------------------------------------- state
+
+
+def test_a_new_demo_knows_its_machine(tmp_path: Path) -> None:
+    state = demo.read_state(tmp_path, 20)
+    assert state["minutes"] == 20 and state["stages"] == {} and demo.spent(state) == 0
+    assert state["precision"] in ("no", "bf16")
+    timed = 2e-9 * 512**3 / demo.product_seconds("no")
+    assert timed / 5 < state["gigaflops"] < 5 * timed
+    assert state["hardware"] and not (tmp_path / "demo.json").exists()
+
+
+def test_a_demo_of_another_budget_or_of_other_stages_is_refused(tmp_path: Path) -> None:
+    state = demo.read_state(tmp_path, 20) | {"commit": "of the start"}
+    (tmp_path / "demo.json").write_text(json.dumps(state))
+    assert demo.read_state(tmp_path, 20) == state  # with the commit of the start
+    with pytest.raises(SystemExit, match="a demo of 20 minutes"):
+        demo.read_state(tmp_path, 120)
+    state["budget"] = {"clip": 1.0, "decoder": 3.0}
+    (tmp_path / "demo.json").write_text(json.dumps(state))
+    with pytest.raises(SystemExit, match="other stages"):
+        demo.read_state(tmp_path, 20)
+
+
+def test_the_folder_is_that_of_the_budget() -> None:
+    assert demo.parse([]).run_dir == "runs/demo"
+    assert demo.parse(["--minutes", "2.5"]).run_dir == "runs/demo2.5"
+    given = demo.parse(["--minutes", "20", "--run-dir", "x", "seed=4", "sample.steps=2"])
+    assert given.run_dir == "x" and given.overrides == ["seed=4", "sample.steps=2"]
+
+
+# ---------------------------------------------------------------- scripts
 
 
 @pytest.fixture
-def ran(monkeypatch):
-    """Scripts that write what the real ones leave; the list of those that ran."""
-    calls, fail = [], set()
-
-    def run(command, check):
-        script = Path(command[1]).stem
-        calls.append(command)
-        values = dict(part.split("=", 1) for part in command[2:])
-        folder = Path(values["run_dir"])
-        if script in fail:
-            raise subprocess.CalledProcessError(1, command)
-        stage = values.get("unet", {"train_clip": "clip", "train_prior": "prior"}.get(script))
-        if stage:
-            (folder / stage).mkdir(parents=True, exist_ok=True)
-            line = {f"val/{k}": v for k, v in VALIDATION[stage].items()}
-            early = json.dumps({"clips": 1, **{k: 9.0 for k in line}})
-            text = early + "\n" + json.dumps({"clips": 1234, **line}) + '\n{"clips": 9, "lr": 1}\n'
-            (folder / stage / "metrics.jsonl").write_text(text)
-        if script == "evaluate":
-            (folder / "report.json").write_text(json.dumps(JUDGED))
-            (folder / "captions.json").write_text(json.dumps(["a <b> man", "b", "c"]))
-            for i in range(3):
-                for stage, frames, size in (("base", 8, 32), ("tsr", 16, 32), ("ssr", 16, 64)):
-                    clip = np.full((frames, size, size, 3), 60 * i + 40, np.uint8)
-                    path = folder / "clips" / stage / f"{i:04d}.mp4"
-                    encode_mp4(path, clip, frames / 2)
-
-    monkeypatch.setattr(demo.subprocess, "run", run)
-    monkeypatch.setattr(demo, "faster_precision", lambda: ("no", 340.0))
-    monkeypatch.setattr(demo, "provenance", lambda: dict.fromkeys(PLACE, "of the start"))
-    return calls, fail
-
-
-PLACE = ("commit", "hardware", "versions")
-
-
-def test_stages_share_the_minutes_and_the_report_holds_every_figure(ran, tmp_path, capsys) -> None:
-    calls, _ = ran
-    Demo(20, str(tmp_path), "data/x", ["seed=4"]).run()
-    assert [Path(c[1]).stem for c in calls] == [
-        "preprocess", "train_clip", "train_prior", *["train_decoder"] * 3, "evaluate",
-    ]  # fmt: skip
-    assert all({"mixed_precision=no", "faces.root=data/x", "seed=4"} <= set(c) for c in calls)
-    assert [c[-3] for c in calls[3:6]] == ["unet=base", "unet=tsr", "unet=ssr"]
-    minutes = [float(c[-2].split("=")[1]) for c in calls[1:6]]
-    evaluation, script = (
-        a + b / 340 for a, b in (demo.RESERVE[k] for k in ("evaluation", "script"))
+def script(tmp_path: Path) -> Path:
+    """A script that notes its arguments, holds 300 MB for a moment, and fails if told so."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import pathlib, sys, time\n"
+        "with open(pathlib.Path(__file__).with_name('calls'), 'a') as file:\n"
+        "    print(*sys.argv[1:], file=file)\n"
+        "held = b'x' * 300_000_000\n"
+        "time.sleep(0.06)\n"
+        "sys.exit('fail=yes' in sys.argv)\n"
     )
-    assert sum(minutes) == pytest.approx(20 - evaluation - 5 * script, abs=0.05)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["attribute_accuracy"] == 0.7 and report["commit"] == "of the start"
-    assert report["base_clips"] == 1234 and report["clip_recall_at_1_video_to_text"] == 0.6
-    assert report["peak_memory_gigabytes"] > 0
-    table = capsys.readouterr().out
-    for words in (
-        "recall@1 on val 70.0 % / 60.0 %", "0.3 %", "val 0.90", "0.40", "0.0123 after 1,234 clips",
-        "0.0456 after", "0.0789 after", "71.0 %",
-        "70.0 % (65.0 to 75.0)", "40.0 %", "35.0 %", "33.0 %", "99.0 %",
-    ):  # fmt: skip
-        assert words in table, words
-    page = (tmp_path / "index.html").read_text()
-    assert page.count("<video") == 9 and "a &lt;b&gt; man" in page and "70.0 %" in page
-    frames, fps = read_mp4(tmp_path / "samples.mp4")
-    assert frames.shape == (16, 256, 256, 3) and fps == 8
+    return path
 
 
-def test_started_again_it_continues_and_keeps_its_commit(ran, tmp_path, monkeypatch) -> None:
-    calls, fail = ran
-    fail.add("train_decoder")
+def test_a_script_runs_once_and_later_overrides_win(script: Path, capfd) -> None:
+    folder, state = script.parent, {"stages": {}}
+    for _ in range(2):
+        demo.run_script(folder, state, ["a=1"], ["c=3"], "clip", str(script), "b=2")
+    assert (folder / "calls").read_text() == "a=1 b=2 c=3\n"
+    assert "clip: done already" in capfd.readouterr().out
+    stage = state["stages"]["clip"]
+    assert stage["done"] and 0.001 < stage["minutes"] < 1
+    assert 0.3 < stage["peak_gigabytes_so_far"] < 64
+    assert json.loads((folder / "demo.json").read_text()) == state
+
+
+def test_what_a_failed_script_took_counts_and_it_runs_again(script: Path) -> None:
+    folder, state = script.parent, {"stages": {}}
     with pytest.raises(subprocess.CalledProcessError):
-        Demo(20, str(tmp_path), "data/x").run()
-    state = json.loads((tmp_path / "demo.json").read_text())
-    assert [s["done"] for s in state["stages"].values()] == [True, True, True, False]
-    assert all(stage["minutes"] > 0 for stage in state["stages"].values())
-    budget = calls[-1][-1]
-    fail.clear()
-    monkeypatch.setattr(demo, "provenance", lambda: dict.fromkeys(PLACE, "later"))
-    again = Demo(20, str(tmp_path), "data/x")
-    spent = again.elapsed
-    again.run()
-    assert [Path(c[1]).stem for c in calls[4:]] == [*["train_decoder"] * 3, "evaluate"]
-    assert calls[4][-1] == budget  # the same share of the minutes
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["commit"] == "of the start"
-    assert report["minutes_total"] > spent  # what was broken off counts too
-    with pytest.raises(SystemExit, match="a demo of 20 minutes"):
-        Demo(120, str(tmp_path), "data/x")
+        demo.run_script(folder, state, [], ["fail=yes"], "prior", str(script))
+    kept = json.loads((folder / "demo.json").read_text())
+    assert not kept["stages"]["prior"]["done"] and demo.spent(kept) > 0.001
+    demo.run_script(folder, kept, [], [], "prior", str(script))
+    assert kept["stages"]["prior"]["done"] and demo.spent(kept) > demo.spent(state) + 0.001
+
+
+# ---------------------------------------------------------------- the real scripts
+
+
+def start(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """demo.py of 5 minutes with few clips and few sampler steps."""
+    few = [
+        "faces.clips=160", "evaluate.clips=4", "sample.steps=2", "sample.unets.tsr.steps=2",
+        "sample.unets.ssr.steps=2", "clip.train.log_every_clips=128",
+        "unets.base.train.log_every_clips=16",
+    ]  # fmt: skip
+    command = [sys.executable, "demo.py", "--minutes", "5", "--run-dir", str(folder / "run")]
+    command += ["--data", str(folder / "data"), *few, *overrides]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_the_real_scripts_end_to_end(tmp_path) -> None:
-    overrides = [
-        "faces.clips=160", "evaluate.clips=4", "sample.steps=2",
-        "clip.train.log_every_clips=128", "unets.base.train.log_every_clips=16",
-        "sample.stages.tsr.steps=2", "sample.stages.ssr.steps=2",
-    ]  # fmt: skip
-    Demo(5, str(tmp_path / "run"), str(tmp_path / "data"), overrides).run()
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+def test_the_real_scripts_end_to_end_go_on_after_one_that_failed(tmp_path: Path) -> None:
+    broken = start(tmp_path, "prior.train.batch_size=no_number")
+    assert broken.returncode != 0 and "prior.train.batch_size" in broken.stderr
+    run = tmp_path / "run"
+    state = json.loads((run / "demo.json").read_text())
+    assert {name: stage["done"] for name, stage in state["stages"].items()} == {
+        "preprocess": True, "clip": True, "prior": False,
+    }  # fmt: skip
+    weights = (run / "clip" / "model.safetensors").stat().st_mtime_ns
+
+    whole = start(tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert (run / "clip" / "model.safetensors").stat().st_mtime_ns == weights
+    later = json.loads((run / "demo.json").read_text())
+    assert later["budget"] == state["budget"]
+    report = json.loads((run / "report.json").read_text())
     assert report["samples"] == 4 and report["base_clips"] > 16
-    assert 0 < report["minutes_total"] and 0 < report["attribute_accuracy"] < 1
-    assert (tmp_path / "run" / "index.html").read_text().count("<video") == 12
+    assert 0 < report["attribute_accuracy"] < 1
+    assert report["minutes_prior"] > state["stages"]["prior"]["minutes"] > 0
+    assert report["minutes_total"] == pytest.approx(demo.spent(later))
+    assert (run / "index.html").read_text().count("<video") == 12
+    assert (run / "samples.mp4").stat().st_size > 0
 
-
-def test_no_time_to_train_is_said(ran, tmp_path) -> None:
-    with pytest.raises(SystemExit, match=r"1\.5 minutes leave nothing"):
-        Demo(1.5, str(tmp_path), "data/x").run()
-
-
-def test_last_validation_is_the_newest(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"clips": 1, "val/a": 1}\n{"clips": 2, "val/a": 2}\n{"clips": 3, "loss": 0}\n')
-    assert last_validation(path) == {"clips": 2, "a": 2}
-
-
-def test_grid_places_every_clip() -> None:
-    clips = np.arange(1, 4, dtype=np.uint8)[:, None, None, None, None] * np.ones(
-        (3, 2, 4, 6, 3), np.uint8
-    )
-    tiled = grid(clips)
-    assert tiled.shape == (2, 8, 12, 3)
-    assert (tiled[:, :4, :6] == 1).all() and (tiled[:, :4, 6:] == 2).all()
-    assert (tiled[:, 4:, :6] == 3).all() and (tiled[:, 4:, 6:] == 0).all()
-
-
-def test_the_faster_precision_is_one_of_two() -> None:
-    precision, gigaflops = demo.faster_precision()
-    assert precision in ("no", "bf16") and 0.1 < gigaflops < 1e6
+    again = start(tmp_path)  # nothing is left to do
+    assert again.returncode == 0 and again.stdout.count("done already") == 7
+    assert json.loads((run / "report.json").read_text()) == report
