@@ -6,7 +6,6 @@ Run as a script under `accelerate launch` it is one rank of the tests of test_di
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from dalle2_video.training.loop import train
 from dalle2_video.training.sharded import sharded_params
 from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
 from dalle2_video.training.validation import mean_objective
+from tests.helpers.run_files import half_done
 
 DIM = 8
 
@@ -149,15 +149,16 @@ def run_rank(root: Path, precision: str = "no") -> None:
     run = RunConfig(str(root / "whole"), seed=3, mixed_precision=precision)
     written = []
     save_model = checkpoints.save_model
-    checkpoints.save_model = lambda path, *rest: (written.append(str(path)), save_model(path, *rest))
+    checkpoints.save_model = lambda path, *rest: (
+        written.append(str(path)),
+        save_model(path, *rest),
+    )
     train(tiny_stage(validate=validate), cfg, run)
     seen["written"] = len(written)
     rank = torch.distributed.get_rank()
     predicts = list(seen["predicts"])
     if rank == 0:
-        shutil.copytree(root / "whole", root / "resumed")
-        shutil.rmtree(root / "resumed/checkpoints/000000000032")
-        (root / "resumed/model.safetensors").unlink()
+        half_done(root / "whole", root / "resumed")
     torch.distributed.barrier()
     stage = tiny_stage(validate=validate)
     with torch.no_grad():

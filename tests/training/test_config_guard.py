@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dalle2_video.config import ConfigError
-from dalle2_video.training.config_guard import data_facts, differences, flat
+from dalle2_video.training.config_guard import data_facts, differences, flat, translated
 from dalle2_video.training.loop import train
 from dalle2_video.training.stage import RunConfig
 from tests.helpers.tiny_stage import TinySet, tiny_config, tiny_stage
@@ -43,6 +43,38 @@ def test_a_folder_without_a_checkpoint_may_begin_anew(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text(resolved(lr=5))
     run = RunConfig(str(tmp_path), section="tiny", resolved=resolved())
     assert train(tiny_stage(), tiny_config(clips=8), run).progress.clips == 8
+
+
+OLD_KEYS = {
+    "unets.base.images": "unets.base.num_images",
+    "unets.base.image_only": "unets.base.image_only_prob",
+    "unets.base.drop.all": "unets.base.cond_dropout.all",
+    "unets.tsr.window": "unets.tsr.crop_frames",
+    "unets.tsr.model.low_frames": "unets.tsr.model.num_lowres_frames",
+    "unets.tsr.model.low_size": "unets.tsr.model.lowres_size",
+    "data.faces": "faces",
+    "data.faces.size": "faces.size",
+    "data.splits.combo": "data.splits.heldout",
+}
+
+
+def test_older_keys_are_translated_and_no_other() -> None:
+    assert translated(dict.fromkeys(OLD_KEYS, 1)) == dict.fromkeys(OLD_KEYS.values(), 1)
+    same = [*OLD_KEYS.values(), "sample.window", "unets.base.model.window", "data.faces_root"]
+    assert translated(dict.fromkeys(same, 1)) == dict.fromkeys(same, 1)
+
+
+def test_a_folder_begun_under_older_keys_goes_on(tmp_path) -> None:
+    old = "data: {faces: {size: 64}, size: 32}\nunets: {tsr: {window: 8, train: {lr: 0.01}}}\n"
+    new = "faces: {size: 64}\ndata: {size: 32}\nunets: {tsr: {crop_frames: 8, train: {lr: 0.01}}}\n"
+    run = RunConfig(str(tmp_path), section="unets.tsr", resolved=old)
+    train(tiny_stage(), tiny_config(clips=16), run)
+    assert train(tiny_stage(), tiny_config(), replace(run, resolved=new)).progress.clips == 32
+    wrong = new.replace("crop_frames: 8", "crop_frames: 4").replace("size: 64", "size: 48")
+    (tmp_path / "config.yaml").write_text(old)
+    words = r"faces\.size: 64 there, 48 here; unets\.tsr\.crop_frames: 8 there, 4 here"
+    with pytest.raises(ConfigError, match=words):
+        train(tiny_stage(), tiny_config(clips=40), replace(run, resolved=wrong))
 
 
 def test_differences_are_few_and_named() -> None:

@@ -4,7 +4,6 @@ DDP, ZeRO 1 to 3, FSDP2, one launch per strategy; what came out is compared with
 """
 
 import json
-import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -17,9 +16,10 @@ from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
 from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import launch_command, run_launch
+from tests.helpers.run_files import half_done, metric
 from tests.helpers.tiny_stage import DIM, TinyNet, tiny_config, tiny_stage
 
-FOLDERS = ("foreign", "whole")
+FOLDERS = ("foreign", "back")
 LAYOUTS = {
     "ddp": "WholeParams",
     "zero1": "ZeroParams",
@@ -42,17 +42,9 @@ def single(tmp_path_factory) -> Path:
     return folder
 
 
-def losses(folder: Path, name: str) -> dict[int, float]:
-    lines = read_metrics(folder / "metrics.jsonl")
-    found = [(line["clips"], line[name]) for line in lines if name in line]
-    assert len(found) == len(dict(found)), "a step was recorded twice"
-    return dict(found)
-
-
 @pytest.mark.parametrize("strategy", LAYOUTS)
 def test_two_processes_agree_with_one(strategy, single, tmp_path):
-    shutil.copytree(single, tmp_path / "foreign")  # begun by one process
-    begin_again(tmp_path / "foreign")
+    half_done(single, tmp_path / "foreign")  # begun by one process
     launch(strategy, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert [rank["world"] for rank in ranks] == [2, 2]
@@ -68,11 +60,11 @@ def test_two_processes_agree_with_one(strategy, single, tmp_path):
         assert max(held) < 0.8 * total
 
     for name in ("loss", "grad_norm", "val/loss"):
-        expected = losses(single, name)
+        expected = metric(single, name)
         assert len(expected) == (2 if name == "val/loss" else 4)
-        assert losses(tmp_path / "whole", name) == pytest.approx(expected, abs=1e-5)
+        assert metric(tmp_path / "whole", name) == pytest.approx(expected, abs=1e-5)
         # resumed after step 2: not a digit differs
-        assert losses(tmp_path / "resumed", name) == losses(tmp_path / "whole", name)
+        assert metric(tmp_path / "resumed", name) == metric(tmp_path / "whole", name)
 
     one = load_model(single / "model.safetensors", "tiny")
     whole = load_model(tmp_path / "whole/model.safetensors", "tiny")
@@ -107,14 +99,14 @@ def test_two_processes_agree_with_one(strategy, single, tmp_path):
     assert not (tmp_path / "apart/metrics.jsonl").exists()
 
     # begun by one process, ended by two, and the other way round
-    begin_again(tmp_path / "whole")
-    said = StringIO()
-    with redirect_stdout(said):
-        train(tiny_stage(), tiny_config(micro_batch_size=2), RunConfig(str(tmp_path / "whole"), 3))
+    half_done(tmp_path / "whole", tmp_path / "back")
+    printed = StringIO()
+    with redirect_stdout(printed):
+        train(tiny_stage(), tiny_config(micro_batch_size=2), RunConfig(str(tmp_path / "back"), 3))
     moments = "and the optimizer's" if strategy == "ddp" else "but not the"
-    assert f"weights and EMA are carried over, {moments} moments" in said.getvalue()
-    expected = losses(single, "loss")
-    foreign, back = losses(tmp_path / "foreign", "loss"), losses(tmp_path / "whole", "loss")
+    assert f"weights and EMA are carried over, {moments} moments" in printed.getvalue()
+    expected = metric(single)
+    foreign, back = metric(tmp_path / "foreign"), metric(tmp_path / "back")
     # with new moments both go the same way, which is another one than with the old
     assert foreign == pytest.approx(back, abs=1e-5) and len(foreign) == 4
     if strategy == "ddp":
@@ -127,19 +119,13 @@ def test_two_processes_agree_with_one(strategy, single, tmp_path):
         torch.testing.assert_close(b.state[name], tensor, atol=1e-5, rtol=1e-5)
 
 
-def begin_again(folder: Path) -> None:
-    """As after step 2 of 4."""
-    shutil.rmtree(folder / "checkpoints/000000000032")
-    (folder / "model.safetensors").unlink()
-
-
 @pytest.mark.slow
 def test_zero3_in_bf16_keeps_float32_weights(single, tmp_path):
     """DeepSpeed's own autocast: other digits than float32, about the same losses."""
     launch("zero3", tmp_path, "bf16")
-    full, low = losses(single, "loss"), losses(tmp_path / "whole", "loss")
+    full, low = metric(single), metric(tmp_path / "whole")
     assert low == pytest.approx(full, rel=0.03) and low != pytest.approx(full, abs=1e-6)
-    assert losses(tmp_path / "resumed", "loss") == low
+    assert metric(tmp_path / "resumed") == low
     state = load_model(tmp_path / "whole/model.safetensors", "tiny").state
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     rounded = [torch.equal(t, t.to(torch.bfloat16).float()) for t in state.values()]
@@ -153,10 +139,10 @@ def test_fsdp2_goes_on_over_more_ranks_with_its_moments(tmp_path) -> None:
     for processes, clips in lengths:
         command = launch_command("fsdp2", processes=processes)
         command += ["-m", "tests.helpers.tiny_run", str(tmp_path / "run"), "0", f"clips={clips}"]
-        said = run_launch([*command, "lr_schedule=constant", "log_every_clips=8"])
-    assert "of fsdp2 on 4 processes under fsdp2 on 2 processes" in said
-    assert "weights and EMA are carried over, and the optimizer's moments" in said
+        printed = run_launch([*command, "lr_schedule=constant", "log_every_clips=8"])
+    assert "of fsdp2 on 4 processes under fsdp2 on 2 processes" in printed
+    assert "weights and EMA are carried over, and the optimizer's moments" in printed
     cfg = tiny_config(clips=480, lr_schedule="constant", log_every_clips=8)
     train(tiny_stage(), cfg, RunConfig(str(tmp_path / "single"), seed=3))
-    single = losses(tmp_path / "single", "loss")
-    assert losses(tmp_path / "run", "loss") == pytest.approx(single, abs=1e-5)
+    single = metric(tmp_path / "single")
+    assert metric(tmp_path / "run") == pytest.approx(single, abs=1e-5)

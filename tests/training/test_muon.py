@@ -6,11 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dalle2_video.config import ConfigError
-from dalle2_video.training.accelerator import make_accelerator
 from dalle2_video.training.muon import MOMENTUM, Muon, orthogonalize
 from dalle2_video.training.optimizer import make_optimizer, param_groups
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.tiny_stage import tiny_config
 
 
@@ -115,8 +112,20 @@ def test_a_state_is_loaded_into_another_optimizer() -> None:
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
-def test_split_matrices_are_refused(monkeypatch, engine) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ConfigError, match=r"optimizer=muon.*optimizer=adamw"):
-        make_accelerator(tiny_config(optimizer="muon"), RunConfig("unused"))
+def test_a_step_that_is_not_finite_moves_nothing() -> None:
+    """Neither weights nor moments, so that the step after it is as if there had been none."""
+    ours = Net()
+    theirs = copy.deepcopy(ours)
+    with_gradients(ours, 0), with_gradients(theirs, 0)
+    cfg = tiny_config(optimizer="muon")
+    first, second = make_optimizer(ours, cfg), make_optimizer(theirs, cfg)
+    first.step(), second.step()
+    for p in ours.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    first.found_inf = torch.tensor(1.0)
+    first.step()
+    first.found_inf = torch.tensor(0.0)
+    with_gradients(ours, 1), with_gradients(theirs, 1)
+    first.step(), second.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name

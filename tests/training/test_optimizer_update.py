@@ -66,9 +66,7 @@ def test_a_separate_grad_clip_does_not_shrink_the_steps_of_the_rest(tmp_path) ->
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, value, optimizer) -> None:
     stage = tiny_stage(objective=broken({8}, value), val_set=None)
-    cfg = tiny_config(
-        save_every_clips=8, keep_checkpoints=4, warmup_clips=0, optimizer=optimizer
-    )
+    cfg = tiny_config(save_every_clips=8, keep_checkpoints=4, warmup_clips=0, optimizer=optimizer)
     result = train(stage, cfg, RunConfig(str(tmp_path)))
     assert (result.progress.optimizer_steps, result.progress.skipped) == (4, 1)
     for name in ("model.safetensors", "ema.safetensors"):

@@ -18,6 +18,7 @@ from dalle2_video.training.loop import train
 from dalle2_video.training.preemption import EXIT_CODE, FILE, SIGNALS, Signals
 from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ENVIRONMENT, ROOT, launch_command, run_launch
+from tests.helpers.run_files import metric
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 
 EVERY = {"clips": 800, "log_every_clips": 8, "val_every_clips": 400}
@@ -54,20 +55,12 @@ def wait_for_clips(folder: Path, clips: int, process: subprocess.Popen | None = 
     raise AssertionError(f"no step at {clips} clips")
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {
-        line["clips"]: line["loss"]
-        for line in read_metrics(folder / "metrics.jsonl")
-        if "loss" in line
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[int, float]:
     folder = tmp_path_factory.mktemp("undisturbed")
     train(tiny_stage(), tiny_config(**EVERY), RunConfig(str(folder), seed=3))
     assert not (folder / FILE).exists()
-    return losses(folder)
+    return metric(folder)
 
 
 @pytest.mark.slow
@@ -88,7 +81,7 @@ def test_a_signal_makes_the_run_save_and_end(number, undisturbed, tmp_path) -> N
         f"{state['clips']:012d}"
     ]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    assert losses(tmp_path) == undisturbed
+    assert metric(tmp_path) == undisturbed
     assert not (tmp_path / FILE).exists()
 
 
@@ -101,7 +94,7 @@ def test_a_signal_to_all_processes_spares_the_loaders(undisturbed, tmp_path) -> 
     assert process.wait(timeout=60) == EXIT_CODE
     assert json.loads((tmp_path / FILE).read_text())["reason"] == "SIGTERM"
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    assert losses(tmp_path) == undisturbed
+    assert metric(tmp_path) == undisturbed
 
 
 def test_a_signal_to_the_launcher_ends_all_ranks(undisturbed, tmp_path) -> None:
@@ -116,7 +109,7 @@ def test_a_signal_to_the_launcher_ends_all_ranks(undisturbed, tmp_path) -> None:
     assert "SIGUSR1: saved at" in out and state["reason"] == "SIGUSR1"
     assert (tmp_path / "checkpoints" / f"{state['clips']:012d}" / "progress.json").exists()
     run_launch(command)
-    assert losses(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
+    assert metric(tmp_path) == pytest.approx(undisturbed, abs=1e-5)
     assert not (tmp_path / FILE).exists()
 
 
@@ -137,7 +130,7 @@ def test_nohup_holds_when_the_terminal_closes(undisturbed, tmp_path) -> None:
     while (folder / FILE).exists() and time.monotonic() < end:
         time.sleep(0.1)
     assert not (folder / FILE).exists(), (tmp_path / "log").read_text()[-2000:]
-    assert losses(folder) == pytest.approx(undisturbed, abs=1e-5)
+    assert metric(folder) == pytest.approx(undisturbed, abs=1e-5)
 
 
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(undisturbed, tmp_path) -> None:
@@ -152,7 +145,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(undisturbed, tmp_path) -> N
         process.wait()
         assert json.loads((tmp_path / FILE).read_text())["reason"] == "running"
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
-    assert losses(tmp_path) == undisturbed
+    assert metric(tmp_path) == undisturbed
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
