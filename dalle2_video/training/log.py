@@ -1,4 +1,4 @@
-"""What a run tells: progress on the terminal, metrics.jsonl, sample videos, W&B.
+"""What a run reports: progress on the terminal, metrics.jsonl, sample videos, W&B.
 
 Only the main process holds a `RunLog`; the others hold a `NullLog` that takes the same calls. W&B
 is a service that is off by default: `NoWandb` does nothing, so no caller asks whether it is on.
@@ -28,7 +28,7 @@ class WandbKeyError(RuntimeError):
 
 
 class Tracker(Protocol):
-    """Where figures and videos go besides the run's folder."""
+    """Where metrics and videos go besides the run's folder."""
 
     def log(self, clips: int, values: Mapping[str, float]) -> None: ...
 
@@ -50,7 +50,7 @@ class NoWandb:
 class Wandb:
     """A W&B run whose id lives in <dir>/wandb_id, so the same command continues the same run.
 
-    The x axis of every chart is `clips`, the clips seen. Training figures get the prefix "train/"
+    The x axis of every chart is `clips`, the clips seen. Training metrics get the prefix "train/"
     where they have none.
     """
 
@@ -230,11 +230,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_validation(path: Path, clips: int) -> dict[str, float]:
-    """The newest validation figures of a metrics.jsonl up to `clips`, without their "val/"."""
+    """The newest validation metrics of a metrics.jsonl up to `clips`, without their "val/"."""
     for line in reversed(read_metrics(path)):
-        figures = {k.removeprefix("val/"): v for k, v in line.items() if k.startswith("val/")}
-        if figures and line["clips"] <= clips:
-            return figures
+        metrics = {k.removeprefix("val/"): v for k, v in line.items() if k.startswith("val/")}
+        if metrics and line["clips"] <= clips:
+            return metrics
     return {}
 
 
@@ -248,7 +248,7 @@ def clock(seconds: float) -> str:
 
 
 def _trim(path: Path, clips: int) -> None:
-    """Keep the lines of at most `clips` clips, so a resumed run records each step once."""
+    """Keep the lines of at most `clips` clips, so a resumed run records no step twice."""
     if not path.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["clips"] <= clips]
