@@ -13,15 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dalle2_video.config import from_config
-from dalle2_video.data.config import DataConfig
-from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.models.unet3d import Unet3D, UnetConfig
+import preprocess
+from dalle2_video.cli import compose
+from dalle2_video.models.unet3d import Unet3D
+from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.prepare import stacked_layers
-from tests.helpers.all_stages import Job, run
 from tests.helpers.launching import launch_command, run_launch
-from tests.stages.test_all_stages import JOINT, SMALL, composed
+from tests.helpers.runs import JOINT, SMALL, Job, run
 
 STEPS, BATCH = 20, 8
 LENGTH = [
@@ -58,8 +57,8 @@ def jobs(data: Path, root: Path, *more: str) -> dict[str, Job]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
-    cfg = composed(*SMALL, f"faces.root={folder}/data")
-    preprocess(from_config(DataConfig, cfg.data, "data"))
+    cfg = compose(*SMALL, f"faces.root={folder}/data")
+    preprocess.main(cfg)
     return folder / "data"
 
 
@@ -96,9 +95,7 @@ def launch_jobs(names: Sequence[str], strategy: str, data: Path, alone, root: Pa
     path = root / "jobs.json"
     root.mkdir(exist_ok=True)
     path.write_text(json.dumps([given[name] for name in names]))
-    run_launch(
-        [*launch_command(strategy), "-m", "tests.helpers.all_stages", str(path)], timeout=900
-    )
+    run_launch([*launch_command(strategy), "-m", "tests.helpers.runs", str(path)], timeout=900)
 
 
 def assert_alike(names: Sequence[str], alone, root: Path) -> None:
@@ -147,7 +144,7 @@ def test_in_bf16_they_do_about_the_same(strategy, data, alone, tmp_path) -> None
 def test_small_is_really_split(tmp_path) -> None:
     """Weights, gradients, optimizer and EMA of each process: the total over the processes."""
     out = tmp_path / "shards.json"
-    run_launch([sys.executable, "-m", "benchmarks.shards", "--out", str(out)], timeout=600)
+    run_launch([sys.executable, "-m", "benchmarks.sharded", "--out", str(out)], timeout=600)
     found = json.loads(out.read_text())
     for strategy in ("zero3", "fsdp2"):
         assert found[f"{strategy}_over_even_share"] < 1.1
