@@ -1,9 +1,12 @@
 """Bits per dimension: the likelihood of 8-bit values, the last step, and the whole bound."""
 
 import math
+import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from dalle2_video.data.media.tensors import to_float
@@ -17,7 +20,11 @@ from dalle2_video.diffusion.variance import (
     prior_term,
     reverse_step,
 )
-from dalle2_video.evaluation.likelihood import bits_of
+from dalle2_video.evaluation.alignment import Captions
+from dalle2_video.evaluation.likelihood import bits_of, evaluate_bits, to_values
+from dalle2_video.models.conditioning import Condition
+from dalle2_video.models.video_clip import TextEncoding
+from dalle2_video.pipeline.sampling_config import SampleConfig
 
 STEPS = 1000
 
@@ -116,11 +123,71 @@ def test_bits_of_a_perfect_guess_and_of_each_variance():
     perfect = bits_of(lambda z, log_snr: x0, config, x0, torch.arange(3), 0, 8)
     assert set(perfect) == {"lower", "middle", "upper"}
     assert (perfect["lower"] < 0.8).all() and (perfect["lower"] > 0.5).all()
-    nothing = bits_of(lambda z, log_snr: 0 * z, config, x0, torch.arange(3), 0, 400)
-    assert (nothing["lower"] > 8).all()
     learned = bits_of(
         lambda z, log_snr: torch.cat([x0, 0 * x0], dim=1), config, x0, torch.arange(3), 0, 8
     )
     assert set(learned) == {"lower", "middle", "upper", "learned"}
     again = bits_of(lambda z, log_snr: x0, config, x0, torch.arange(3), 0, 8)
     assert torch.equal(again["upper"], perfect["upper"])
+
+
+class Knows(nn.Module):
+    """A U-Net that finds 0.9 of the clip in its embedding, with raw fractions of 0."""
+
+    config = SimpleNamespace(num_frames=2, image_size=8)
+
+    def forward(self, z: torch.Tensor, log_snr: torch.Tensor, given: Condition) -> torch.Tensor:
+        assert given.keep_embedding.all() and given.keep_text.all()
+        assert torch.equal(given.embedding, given.text_embedding), "text and clip of one row"
+        x0 = given.embedding.unflatten(1, z.shape[1:])
+        return torch.cat([0.9 * x0, 0 * x0], dim=1)
+
+
+def test_bits_of_a_guess_that_knows_nothing_have_a_closed_form() -> None:
+    """Under beta~ a step costs (SNR(after) - SNR(now)) / 2 times the squared error (Kingma et al.
+    2021, VDM, equation 13), here x0^2 at every step: the sum telescopes to the SNR of step 1.
+    """
+    x0 = to_float(torch.randint(0, 256, (3, 4, 16, 16, 3), dtype=torch.uint8))
+    config = DiffusionConfig(prediction="x0")
+    step = reverse_step(config.schedule, torch.full((3,), 1 / STEPS), STEPS)
+    likelihood = bound_term(step, 0 * x0, 0.0, x0)  # of the last step, beside the divergences
+    ends = config.schedule.log_snr(torch.tensor([1 / STEPS, 1.0])).exp()
+    divergences = 0.5 * (ends[0] - ends[1]) * x0.square().mean((1, 2, 3, 4)) / math.log(2)
+    whole = divergences + likelihood + prior_term(config.schedule, x0)
+    found = bits_of(lambda z, log_snr: 0 * z, config, x0, torch.arange(3), 0, 50)
+    torch.testing.assert_close(found["lower"], whole, rtol=0.01, atol=0)
+
+
+def test_bits_of_a_cascade_are_of_each_captions_own_clip_in_any_batch() -> None:
+    frames = torch.randint(0, 256, (5, 4, 8, 8, 3), dtype=torch.uint8)
+    x0 = to_values(to_float(frames, 2, 8))
+    config = DiffusionConfig(prediction="x0", variance_steps=50)
+    clip = nn.Module()
+    clip.config = SimpleNamespace(video=SimpleNamespace(num_frames=2, image_size=8))
+    clip.encode_video = lambda view: view.flatten(1)
+
+    def encode(texts: list[list[str]]) -> TextEncoding:
+        rows = torch.tensor([int(lines[0]) for lines in texts])
+        states, place = torch.zeros(len(rows), 1, 4), torch.zeros(len(rows), 1, dtype=torch.long)
+        return TextEncoding(x0[rows].flatten(1), states, place)
+
+    cascade = SimpleNamespace(
+        unets=[SimpleNamespace(network=Knows(), diffusion=config)],
+        device=torch.device("cpu"), video_clip=clip, encode=encode,
+    )  # fmt: skip
+    captions = Captions([[str(i)] for i in range(5)], [""] * 5, [""] * 5, frames)
+    seen: list[int] = []
+    sample = SampleConfig(batch_size=2, seed=3)
+    found = evaluate_bits(cascade, captions, 4, sample, seen.append)
+    assert seen == [2, 2, 1]
+    assert found["clips"] == 5 and found["steps"] == 50
+
+    direct = bits_of(
+        lambda z, _: torch.cat([0.9 * x0, 0 * x0], dim=1), config, x0, torch.arange(5), 3, 4
+    )
+    direct |= {f"learned_less_than_{k}": direct[k] - direct["learned"] for k in ("lower", "upper")}
+    for name, bits in direct.items():
+        key = f"bits_per_dimension_{name}"
+        assert found[key] == pytest.approx(float(bits.mean()), rel=1e-4, abs=1e-5), name
+        half = 1.96 * statistics.stdev(bits.tolist()) / 5**0.5
+        assert found[f"{key}_half_width"] == pytest.approx(half, rel=1e-3, abs=1e-5), name

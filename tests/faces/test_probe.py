@@ -162,8 +162,20 @@ def test_train_probe_command_writes_probe_and_table(tmp_path, capsys):
     out, report = tmp_path / "probe.safetensors", tmp_path / "probe.json"
     train_probe.main(["--clips", "60", "--epochs", "1", "--batch-size", "8", "--workers", "0",
                       "--out", str(out), "--report", str(report)])  # fmt: skip
-    figures = json.loads(report.read_text())
-    assert figures["probe_sha256"] == load_probe(out, sha256=None).sha256
-    assert figures["probe_sha256"] in capsys.readouterr().out
-    assert 0 <= figures["probe_val_mean_accuracy"] <= 1
-    assert set(load_probe(out, sha256=None).light) == set(MEASURES)
+    metrics = json.loads(report.read_text())
+    probe = load_probe(out, sha256=None)
+    assert metrics["probe_sha256"] == probe.sha256 and probe.sha256 in capsys.readouterr().out
+    clips = plan(60, 0)
+    assert metrics["probe_train_clips"] == sum(clip.split == "train" for clip in clips)
+    for split in ("val", "heldout"):  # what the saved file reads in clips of that split alone
+        part = [clip for clip in clips if clip.split == split]
+        frames = torch.from_numpy(np.stack([train_probe.decoded(clip) for clip in part]))
+        targets = targets_of([clip.attributes for clip in part])
+        result = score(probe.network.predict(frames), targets)
+        by_rule = score({n: r.predict(frames) for n, r in probe.light.items()}, targets)
+        assert metrics[f"probe_{split}_clips"] == len(part)
+        assert metrics[f"probe_{split}_mean_accuracy"] == pytest.approx(result.mean, abs=1e-4)
+        assert metrics[f"probe_{split}_chance_mean"] == pytest.approx(result.mean_chance, abs=1e-4)
+        for name in MEASURES:
+            found = metrics[f"light_rule_{split}_accuracy_{name}"]
+            assert found == pytest.approx(by_rule.accuracy[name], abs=1e-4)
