@@ -4,8 +4,9 @@
 
 Counts weights, gradients, optimizer and EMA of each process in the second optimizer step of a run,
 on clips of noise (2 frames: the weights are the same for any number). `over_even_share`: bytes of a
-process over the bytes of all divided by the processes. ZeRO-3 keeps parameters below its persistence
-threshold (stage3_param_persistence_threshold in configs/deepspeed_config.json) whole everywhere.
+process over the bytes of all divided by the processes. ZeRO-3 keeps parameters below its
+persistence threshold (stage3_param_persistence_threshold in configs/deepspeed_config.json) whole
+everywhere.
 """
 
 import argparse
