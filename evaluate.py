@@ -12,19 +12,17 @@ bits per dimension of the clips themselves and samples nothing.
 import json
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from dalle2_video.config import from_config
+from dalle2_video.cli import script
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.data.media.sheet import save_sheet
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.evaluation.alignment import (
-    EvaluateConfig,
     captions_of,
     evaluate_alignment,
     evaluate_nearest,
@@ -34,19 +32,20 @@ from dalle2_video.faces.probe import load_probe
 from dalle2_video.faces.writer import read_attributes
 from dalle2_video.pipeline.cascade import Cascade, sampling_bar
 from dalle2_video.provenance import provenance
-from dalle2_video.stages.wiring import sample_config, store_of
+from dalle2_video.stages.config_tree import settings_of
+from dalle2_video.stages.wiring import store_of
 
 
-@hydra.main(version_base=None, config_path="configs", config_name="config")
+@script
 def main(cfg: DictConfig) -> None:
-    plan = from_config(EvaluateConfig, cfg.evaluate, "evaluate")
-    config, store = sample_config(cfg), store_of(cfg)
-    every = CaptionPolicy(drop=False)
-    dataset = CelebVTextDataset(store, plan.split, cfg.seed, every, first_windows=True)
+    settings = settings_of(cfg)
+    plan, config, store = settings.evaluate, settings.sample, store_of(settings)
+    every = EvaluationCaptions()
+    dataset = CelebVTextDataset(store, plan.split, settings.seed, every, first_windows=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cascade = Cascade.load(cfg.run_dir, device, cfg.mixed_precision, list(cfg.cascade))
+    cascade = Cascade.load(settings.run_dir, device, settings.mixed_precision, settings.cascade)
     num_clips = min(plan.clips, len(dataset))
-    out = Path(cfg.out or f"{cfg.run_dir}/evaluation")
+    out = Path(settings.out or f"{settings.run_dir}/evaluation")
     first, last = cascade.unets[0].name, cascade.unets[-1].name
     steps, made = cascade.num_sampler_steps(num_clips, config), {}
     if plan.metric == "nll":
@@ -54,7 +53,7 @@ def main(cfg: DictConfig) -> None:
         with tqdm(total=num_clips, unit="clip") as bar:
             metrics = evaluate_bits(cascade, captions, plan.draws, config, bar.update)
     elif plan.metric == "attributes":
-        attributes = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
+        attributes = read_attributes(Path(settings.data.root) / "attributes.jsonl")
         steps += cascade.num_sampler_steps(num_clips, config, first)
         with sampling_bar(steps) as progress:
             metrics, captions, made = evaluate_alignment(
@@ -71,7 +70,7 @@ def main(cfg: DictConfig) -> None:
         texts = [" ".join(lines) for lines in captions.lines]
         save_sheet(out / "sheet.png", list(made[last][:32].numpy()), texts[:32])
         write_json(out / "captions.json", texts)
-    judged = metrics | provenance() | {"mixed_precision": cfg.mixed_precision}
+    judged = metrics | provenance() | {"mixed_precision": settings.mixed_precision}
     write_json(out / ("nll.json" if plan.metric == "nll" else "report.json"), judged)
     print(json.dumps(judged, indent=1), f"\nin {out}")
 

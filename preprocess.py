@@ -1,9 +1,9 @@
 """Turn archives of captioned clips into the store that every stage trains on.
 
     python preprocess.py                                    the embedded faces, rendered at first
-    python preprocess.py size=celebvtext data.root=/data/CelebV-Text
-    python preprocess.py size=celebvtext data.root=/data/CelebV-Text data.out=/fast data.workers=16
-    python preprocess.py size=celebvtext part=3 parts=10          every tenth archive, for clusters
+    python preprocess.py experiment=celebvtext data.root=/data/CelebV-Text
+    python preprocess.py experiment=celebvtext data.root=/data/CelebV-Text data.out=/fast data.workers=16
+    python preprocess.py experiment=celebvtext part=3 parts=10          every tenth archive, for clusters
     python preprocess.py check=true                   reads the whole store back, draws a sheet
 
 data.root holds zips or tars of CelebV-Text, or its extracted folders; it is only read. The same
@@ -11,30 +11,30 @@ command continues after a stop and adds archives that came since. What was left 
 <data.out>/manifest.json.
 """
 
-import hydra
 from omegaconf import DictConfig
 
+from dalle2_video.cli import script
 
-@hydra.main(version_base=None, config_path="configs", config_name="config")
+
+@script
 def main(cfg: DictConfig) -> None:
     # Worker processes import this file: what they do not need is imported here, not above.
-    from dalle2_video.config import from_config
-    from dalle2_video.data.config import DataConfig
     from dalle2_video.data.preprocess.check import check_store
     from dalle2_video.data.preprocess.pool import WorkerLost
     from dalle2_video.data.preprocess.run import preprocess
     from dalle2_video.data.sources.archives import ArchiveError
     from dalle2_video.data.store.shard import StoreError
+    from dalle2_video.stages.config_tree import settings_of
     from dalle2_video.stages.wiring import render_faces
 
-    config = from_config(DataConfig, cfg.data, "data")
+    settings = settings_of(cfg)
     try:
-        if cfg.check:
-            report = check_store(config)
+        if settings.check:
+            report = check_store(settings.data)
             print(report)
             raise SystemExit(1 if report.problems else 0)
-        render_faces(cfg, config)
-        print(preprocess(config, part=cfg.part, parts=cfg.parts))
+        render_faces(settings)
+        print(preprocess(settings.data, part=settings.part, parts=settings.parts))
     except (ArchiveError, StoreError, WorkerLost) as error:
         raise SystemExit(f"preprocess: {error}") from error
 

@@ -1,28 +1,30 @@
 """Train the video CLIP, then embed every clip with it once. Needs `preprocess.py`.
 
     python train_clip.py train_name=run1
+    python train_clip.py -m train_name=sweep clip.train.lr=1e-3,2e-3
     accelerate launch --config_file configs/accelerate/ddp.yaml train_clip.py train_name=run1
 
 The same command resumes; `--cfg job` shows every value that the command line can set.
 """
 
-import hydra
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.config import from_config
-from dalle2_video.stages.video_clip import ClipSection, cache_embeddings, clip_stage
+from dalle2_video.cli import script
+from dalle2_video.stages.config_tree import settings_of
+from dalle2_video.stages.video_clip import cache_embeddings, clip_stage
 from dalle2_video.stages.wiring import run_config, store_of
 from dalle2_video.training.loop import train
 
 
-@hydra.main(version_base=None, config_path="configs", config_name="config")
+@script
 @record  # so that the launcher names the rank that failed, and why
 def main(cfg: DictConfig) -> None:
-    section = from_config(ClipSection, cfg.clip, "clip")
-    run = run_config(cfg, "clip")
-    store = store_of(cfg)
-    train(clip_stage(section, store, cfg.seed, cfg.validation), section.train, run)
+    settings = settings_of(cfg)
+    run = run_config(settings, cfg, "clip")
+    store = store_of(settings)
+    stage = clip_stage(settings.clip, store, settings.seed, settings.validation)
+    train(stage, settings.clip.train, run)
     cache_embeddings(run.dir, store)
 
 

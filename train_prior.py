@@ -3,30 +3,35 @@
     python train_prior.py train_name=run1
     accelerate launch --config_file configs/accelerate/zero3.yaml train_prior.py train_name=run1
 
-The same command resumes. Every value of configs/ can be set on the command line (`--cfg job` shows
-all).
+The same command resumes. Every value of the configuration can be set on the command line (`--cfg
+job` shows all).
 """
 
-import hydra
 from omegaconf import DictConfig
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.config import from_config
+from dalle2_video.cli import script
+from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.frozen_clip import load_conditions
-from dalle2_video.stages.prior import PriorSection, prior_stage
+from dalle2_video.stages.prior import prior_stage
 from dalle2_video.stages.wiring import run_config, store_of
 from dalle2_video.training.loop import train
 
 
-@hydra.main(version_base=None, config_path="configs", config_name="config")
+@script
 @record  # so that the launcher names the rank that failed, and why
 def main(cfg: DictConfig) -> None:
-    section = from_config(PriorSection, cfg.prior, "prior")
-    run = run_config(cfg, "prior")
+    settings = settings_of(cfg)
+    run = run_config(settings, cfg, "prior")
     conditions = load_conditions(
-        cfg.run_dir, store_of(cfg), cfg.seed, section.captions, False, cfg.validation
+        settings.run_dir,
+        store_of(settings),
+        settings.seed,
+        settings.prior.captions,
+        load_frames=False,
+        validation=settings.validation,
     )
-    train(prior_stage(section, conditions, cfg.seed), section.train, run)
+    train(prior_stage(settings.prior, conditions, settings.seed), settings.prior.train, run)
 
 
 if __name__ == "__main__":

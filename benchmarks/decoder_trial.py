@@ -27,9 +27,10 @@ from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.faces.probe import load_probe, score, targets_of
 from dalle2_video.faces.writer import read_attributes
-from dalle2_video.models.unet3d import Condition
+from dalle2_video.models.conditioning import Condition
 from dalle2_video.pipeline.loading import load_unet
-from dalle2_video.pipeline.sampling import SampleConfig, sample_clips
+from dalle2_video.pipeline.sampling import sample_clips
+from dalle2_video.pipeline.sampling_config import SampleConfig
 from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import TextEncoder, load_conditions
 from dalle2_video.stages.wiring import store_of
@@ -49,7 +50,7 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
     pointers = [dataset.eval_pointer(i) for i in range(min(clips, len(dataset)))]
     batch = dataset.collate(pointers)
     assert batch.frames is not None and batch.embeddings is not None
-    text = TextEncoder(conditions.clip)(batch)
+    text = TextEncoder(conditions.video_clip)(batch)
     condition = Condition.of(batch.embeddings, text.states, text.place, text.embedding)
 
     model = unet.config

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_float, to_uint8
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.diffusion.objective import (
     DiffusionConfig,
@@ -70,7 +70,9 @@ from dalle2_video.diffusion.variance import (
 from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.evaluation.likelihood import bits_of, to_values
 from dalle2_video.faces.probe import load_probe
-from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.models.conditioning import Condition
+from dalle2_video.models.unet3d import Unet3D
+from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.provenance import provenance
 from dalle2_video.stages.wiring import store_of
 from dalle2_video.training.muon import Muon
@@ -459,7 +461,7 @@ def embedded(data_root: Path) -> Iterator[torch.Tensor]:
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         store = store_of(compose("config", [f"faces.root={data_root}"]))
     for split in ("train", "val"):
-        dataset = CelebVTextDataset(store, split, 0, CaptionPolicy(drop=False))
+        dataset = CelebVTextDataset(store, split, 0, EvaluationCaptions())
         parts = []
         for batch in eval_loader(dataset, 64):
             assert batch.frames is not None

@@ -41,11 +41,12 @@ from dalle2_video.diffusion.schedule import alpha_sigma
 from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.model_file import load_model
-from dalle2_video.models.unet3d import Condition
+from dalle2_video.models.conditioning import Condition
 from dalle2_video.pipeline.sampling import ClipSampling, sample_clips
 from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import load_conditions
-from dalle2_video.stages.unet import UnetSection, decoder_stage
+from dalle2_video.stages.unet import unet_stage
+from dalle2_video.stages.unet_section import UnetSection
 from dalle2_video.stages.wiring import run_config, sample_config, store_of
 from dalle2_video.training.loop import train as fit_loop
 
@@ -86,7 +87,7 @@ def fit(seeds: Sequence[int], clips: int, data: str, overrides: list[str]) -> No
             cfg = compose("config", [*settings, *overrides])
         section = from_config(UnetSection, cfg.unets.base, "unets.base")
         conditions = load_conditions(cfg.run_dir, store_of(cfg), seed, section.captions, True)
-        stage = decoder_stage("base", section, conditions, sample_config(cfg), seed)
+        stage = unet_stage("base", section, conditions, sample_config(cfg), seed)
         state = load_model(plain / "base" / "model.safetensors", "base").state
         stage.model.load_state_dict(stage.model.state_dict() | state)
         for name, parameter in stage.model.named_parameters():
@@ -157,7 +158,7 @@ def summarise() -> None:
 def draw_samples(data: str) -> None:
     """Six clips of val, and the first network's samples of their captions in 25 steps."""
     judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 6, "cpu")
-    base, (condition, sample_ids) = judge.cascade.stages[0], judge.conditions[0]
+    base, (condition, sample_ids) = judge.cascade.unets[0], judge.conditions[0]
     model = base.unet.config
     rows = [to_uint8(to_float(judge.captions.frames, model.num_frames, model.image_size))]
     for gamma in (0.0, 1.0, None):
@@ -173,7 +174,7 @@ def draw_spectrum(data: str) -> None:
     has learned of them; frequencies in the order of what it has learned, in groups.
     """
     judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 64, "cpu")
-    base, clip = judge.cascade.stages[0], judge.cascade.clip
+    base, clip = judge.cascade.unets[0], judge.cascade.video_clip
     model, video = base.unet.config, clip.config.video
     text = judge.cascade.encode(judge.captions.lines)
     view = to_float(judge.captions.frames, video.num_frames, video.image_size)

@@ -10,7 +10,7 @@ depend on them. copies: what a clip takes more than one of a single window, over
 of the frames that it has more. glibc gives what is freed back at once there (MALLOC_...): what it
 else keeps for later is up to two copies more, and differs from run to run.
 
-seams: rendered clips of 64 frames (8 seconds) of combo's people; fewer frames and pixels of them go
+seams: rendered clips of 64 frames (8 seconds) of heldout's people; fewer frames and pixels of them go
 through a run's TSR and SSR, which were trained on 16 frames. How far the brightness of a frame
 (mean luminance) is from the one before, where a window begins or ends, beside the same between all
 frames of the real clips; once as configured, once with windows that share nothing.
@@ -36,11 +36,14 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.sheet import save_sheet
 from dalle2_video.data.media.tensors import to_float, to_uint8
-from dalle2_video.diffusion.lowres import window_starts
 from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.tiles import tile_starts
 from dalle2_video.faces.light import LUMA
-from dalle2_video.faces.writer import FaceFormat, draw_clip, plan
-from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.faces.plan import plan
+from dalle2_video.faces.writer import FaceFormat, draw_clip
+from dalle2_video.models.conditioning import Condition
+from dalle2_video.models.unet3d import Unet3D
+from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.pipeline.cascade import Cascade
 from dalle2_video.pipeline.loading import load_unet
 from dalle2_video.pipeline.sampling import ClipSampling, sample_clips, sample_embeddings
@@ -59,7 +62,7 @@ def sample(size: int, frames: int, sampler: str) -> None:
     model = UnetConfig(
         image_size=size, num_frames=WINDOW, patch=4, dim=64, mults=(1, 2), head_dim=32,
         attention=(False, False), cross_attention=(False, False), temporal="convolution",
-        low_frames=WINDOW, low_size=size // 4, residual=0.1,
+        num_lowres_frames=WINDOW, lowres_size=size // 4, residual=0.1,
     )  # fmt: skip
     net = Unet3D(model, 16, 16).eval()
     place = torch.zeros(1, 1, dtype=torch.int64)
@@ -100,9 +103,9 @@ def memory() -> dict[str, float]:
 
 
 def long_faces(clips: int) -> tuple[torch.Tensor, list[list[str]]]:
-    """uint8 (clips, 64, 64, 64, 3) of combo's people, and a line of each category."""
+    """uint8 (clips, 64, 64, 64, 3) of held-out looks, and a line of each category."""
     form, frames, lines = FaceFormat(size=64, fps=8.0, seconds=8.0), [], []
-    people = [clip for clip in plan(4000, 0) if clip.split == "combo"][:clips]
+    people = [clip for clip in plan(4000, 0) if clip.split == "heldout"][:clips]
     for clip in tqdm(people, desc="rendering", unit="clip"):
         file, texts = draw_clip(clip, form)
         frames.append(decode_clip(file, fps=8.0, num_frames=64, size=64).frames)
@@ -120,7 +123,7 @@ def seams(run_dir: Path, clips: int, names: list[str]) -> dict[str, float]:
     unets = {name: load_unet(run_dir / name / "model.safetensors", name) for name in names}
     frames, size = 64, 64
     for unet, _, _ in unets.values():
-        frames, size = frames // unet.config.times[0], size // unet.config.times[1]
+        frames, size = frames // unet.config.upscale[0], size // unet.config.upscale[1]
     text, sample_ids = cascade.encode(lines), torch.arange(len(lines))
     embedding = sample_embeddings(
         cascade.prior, cascade.prior.whiten, cascade.prior_diffusion, text, sample_ids, config
@@ -143,7 +146,7 @@ def seams(run_dir: Path, clips: int, names: list[str]) -> dict[str, float]:
             ]  # fmt: skip
             low = torch.cat(parts)
             window = how.window or model.num_frames
-            starts = window_starts(low.shape[2], window, how.overlap, model.times[0])
+            starts = tile_starts(low.shape[2], window, how.overlap, model.upscale[0])
             places = sorted({*starts[1:], *(start + window for start in starts[:-1])})
             found = jumps(low)
             name = f"{stage}_{kind}"

@@ -28,7 +28,8 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.store.dataset import Batch
 from dalle2_video.provenance import provenance
 from dalle2_video.stages.frozen_clip import load_conditions
-from dalle2_video.stages.unet import UnetSection, decoder_stage
+from dalle2_video.stages.unet import unet_stage
+from dalle2_video.stages.unet_section import UnetSection
 from dalle2_video.stages.wiring import sample_config, store_of
 from dalle2_video.training import checkpoint_files, checkpoints
 from dalle2_video.training.loop import train
@@ -123,7 +124,7 @@ def main() -> None:
         section.train, optimizer="adamw", minutes=None, clips=every * (PAIRS + WARM + 1),
         log_every_clips=every, val_every_clips=None, save_every_clips=None,
     )  # fmt: skip
-    stage = decoder_stage("base", section, conditions, sample_config(cfg), 0)
+    stage = unet_stage("base", section, conditions, sample_config(cfg), 0)
     with tempfile.TemporaryDirectory(dir=ROOT) as temporary:
         pairs = Pairs(stage, config)
         timed = replace(stage, objective=pairs, val_set=None, samples=None)

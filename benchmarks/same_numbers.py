@@ -51,11 +51,16 @@ JOBS = (
         ("base",),
         ("sample.sampler=ancestral",),
     ),
-    Job("base_images", "base", ("unets.base.images=2", "unets.base.image_only=0.5"), ("base",)),
+    Job(
+        "base_images",
+        "base",
+        ("unets.base.num_images=2", "unets.base.image_only_prob=0.5"),
+        ("base",),
+    ),
     Job("base_self_condition", "base", ("unets.base.model.self_condition=true",), ("base",)),
     Job("tsr", "tsr", cascade=("base", "tsr")),
     Job("ssr", "ssr", cascade=UNETS),
-    Job("ssr_images", "ssr", ("unets.ssr.images=2",), UNETS),
+    Job("ssr_images", "ssr", ("unets.ssr.num_images=2",), UNETS),
 )
 BATCH = {"clip": 128, "prior": 32, "base": 16, "tsr": 8, "ssr": 8}  # of experiment=demo
 KEYS = {"clip": "clip", "prior": "prior"} | {name: f"unets.{name}" for name in UNETS}
@@ -66,25 +71,49 @@ TINY = (
     "prior.model.width=32", "prior.model.heads=2", "prior.model.layers=2",
     "unets.base.model.dim=32", "unets.base.model.head_dim=32", "unets.base.model.cond_dim=64",
     "unets.base.model.image_size=16", "unets.base.model.num_frames=4",
-    "unets.tsr.model.image_size=16", "unets.tsr.model.low_size=16", "unets.tsr.window=4",
-    "unets.ssr.model.image_size=32", "unets.ssr.model.low_size=16", "unets.ssr.window=4",
-    "unets.tsr.model.low_frames=4", "unets.ssr.model.low_frames=8", "unets.ssr.crop=16",
+    "unets.tsr.model.image_size=16", "unets.tsr.model.lowres_size=16", "unets.tsr.crop_frames=4",
+    "unets.ssr.model.image_size=32", "unets.ssr.model.lowres_size=16", "unets.ssr.crop_frames=4",
+    "unets.tsr.model.num_lowres_frames=4", "unets.ssr.model.num_lowres_frames=8",
+    "unets.ssr.crop=16",
     "unets.tsr.model.num_frames=8", "unets.tsr.model.dim=32", "unets.tsr.model.cond_dim=32",
     "unets.ssr.model.num_frames=8", "unets.ssr.model.dim=32", "unets.ssr.model.cond_dim=32",
     *(f"{key}.train.batch_size=8" for key in KEYS.values()),
 )  # fmt: skip
 DEMO = ("faces.clips=192",)
 COMMON = (
-    "data.workers=0", "data.splits={train: 0.6, val: 0.2, combo: 0.2}",
-    "sample.steps=3", "sample.stages.tsr.steps=2", "sample.stages.ssr.steps=2",
+    "data.workers=0", "data.splits={train: 0.6, val: 0.2, heldout: 0.2}",
+    "sample.steps=3", "sample.unets.tsr.steps=2", "sample.unets.ssr.steps=2",
     "sample.prior_steps=3",
 )  # fmt: skip
 # What this commit calls otherwise than the old one: (pattern of the new name,
 # old name), of overrides and of resolved keys.
-RENAMED: tuple[tuple[str, str], ...] = ((r"^faces\b", "data.faces"),)
+RENAMED: tuple[tuple[str, str], ...] = (
+    (r"^faces\b", "data.faces"),
+    (r"^experiment=", "size="),
+    (r"\bheldout\b", "combo"),
+    (r"^num_samples\b", "number"),
+    (r"^save_intermediates\b", "keep_stages"),
+    (r"^sample\.unets\.(\w+)\.tile\b", r"sample.stages.\1.window"),
+    (r"^sample\.unets\b", "sample.stages"),
+    (r"^(unets\.\w+)\.num_images\b", r"\1.images"),
+    (r"^(unets\.\w+)\.image_only_prob\b", r"\1.image_only"),
+    (r"^(unets\.\w+)\.cond_dropout\b", r"\1.drop"),
+    (r"^(unets\.\w+)\.crop_frames\b", r"\1.window"),
+    (r"^(unets\.\w+\.model)\.num_lowres_frames\b", r"\1.low_frames"),
+    (r"^(unets\.\w+\.model)\.lowres_size\b", r"\1.low_size"),
+)
 # Keys that only one side has, with the value that the other side acts by.
-ADDED: dict[str, Any] = {"faces.root": "data/faces"}
-REMOVED: frozenset[str] = frozenset()
+ADDED: dict[str, Any] = {
+    "faces.root": "data/faces",
+    # the files of super-resolution left these to their classes
+    **{f"unets.{name}.model.learned_variance": False for name in ("tsr", "ssr")},
+    **{f"unets.{name}.diffusion.variance_steps": 1000 for name in UNETS},
+    "prior.diffusion.variance_steps": 1000,
+}
+REMOVED = frozenset(
+    f"sample.{key}"
+    for key in ("augmentation", "window", "overlap")  # had no effect there
+)
 
 
 def old_name(text: str) -> str:
@@ -105,6 +134,10 @@ def drive(plan: dict[str, Any]) -> None:
     import torch
     from hydra import compose, initialize_config_dir
 
+    if Path("dalle2_video/cli.py").exists():
+        from dalle2_video.stages.config_tree import register
+
+        register()
     torch.set_num_threads(1)  # with two, the order of some sums is not fixed: the last bit changes
     for call in plan["calls"]:
         if "copy" in call:  # a variant shares the run's CLIP, and the stages that it builds upon
@@ -266,7 +299,7 @@ def differing_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
              if key not in named and key not in REMOVED]  # fmt: skip
     for key, (ours, value) in named.items():
         expected = old.get(key, ADDED.get(ours, "nothing"))
-        if value != expected:
+        if (old_name(value) if isinstance(value, str) else value) != expected:
             found.append(f"{ours}: {expected!r} before, {value!r} now")
     return found
 
@@ -297,7 +330,7 @@ def resume(old: Side, new: Side, size: str) -> dict[str, list[str]]:
     return found
 
 
-EXPERIMENTS = {name: [f"size={name}"] for name in ("demo", "celebvtext", "celebvtext_256")}
+EXPERIMENTS = {name: [f"experiment={name}"] for name in ("demo", "celebvtext", "celebvtext_256")}
 
 
 def main() -> None:

@@ -24,15 +24,16 @@ from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_uint8
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of
 from dalle2_video.evaluation.frechet import frechet_distance, frechet_interval
 from dalle2_video.faces.probe import load_probe, score, targets_of
 from dalle2_video.faces.writer import read_attributes
-from dalle2_video.models.unet3d import Condition
+from dalle2_video.models.conditioning import Condition
 from dalle2_video.pipeline.cascade import Cascade
-from dalle2_video.pipeline.sampling import SampleConfig, sample_clips, sample_embeddings
+from dalle2_video.pipeline.sampling import sample_clips, sample_embeddings
+from dalle2_video.pipeline.sampling_config import SampleConfig
 from dalle2_video.provenance import provenance
 from dalle2_video.stages.wiring import sample_config, store_of
 
@@ -58,7 +59,7 @@ class Judge:
         self.base = sample_config(cfg)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.cascade, self.probe = Cascade.load(run_dir, device), load_probe()
-        policy = CaptionPolicy(drop=False)
+        policy = EvaluationCaptions()
         dataset = CelebVTextDataset(store_of(cfg), split, 0, policy, first_windows=True)
         self.captions = captions = captions_of(dataset, clips)
         attributes = read_attributes(Path(data) / "attributes.jsonl")
@@ -92,7 +93,7 @@ class Judge:
     @torch.no_grad()
     def point(self, config: SampleConfig) -> dict[str, float]:
         """Figures of one setting."""
-        base, parts, seconds = self.cascade.stages[0], [], 0.0
+        base, parts, seconds = self.cascade.unets[0], [], 0.0
         bar = tqdm(total=len(self.conditions) * config.steps, unit="step", mininterval=20)
         for condition, sample_ids in self.conditions:
             begun = time.perf_counter()
@@ -190,11 +191,11 @@ def main() -> None:
     parser.add_argument("what", choices=["curve", "compare", "choose"])
     parser.add_argument("run_dir", help="a run with clip, prior and base")
     parser.add_argument("--data", default="data/faces")
-    parser.add_argument("--split", help="combo, or val for choose")
+    parser.add_argument("--split", help="heldout, or val for choose")
     parser.add_argument("--clips", type=int, help="128, or 256 for compare")
     parser.add_argument("--name", help="of the results: sampling_<name>.json")
     a = parser.parse_args()
-    split = a.split or ("val" if a.what == "choose" else "combo")
+    split = a.split or ("val" if a.what == "choose" else "heldout")
     clips = a.clips or (256 if a.what == "compare" else 128)
     out = RESULTS / f"sampling_{a.name or a.what}.json"
     place = {"run_dir": a.run_dir, "split": split, "clips": clips}

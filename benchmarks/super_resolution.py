@@ -5,7 +5,7 @@
 
 Needs the CLIP and the prior of that run. With --minutes it first trains the network in
 <run-dir>_<what>4: TSR from 4 frames to 16 (the demo's makes 16 of 8). Without, it takes the run's
-own. Conditions are the captions of `val` and `combo` with the prior's embeddings, so that nothing
+own. Conditions are the captions of `val` and `heldout` with the prior's embeddings, so that nothing
 of the true frames is told but those that are given. Writes a figure file in benchmarks/results and
 a picture beside the run.
 """
@@ -28,14 +28,14 @@ from dalle2_video import keyed
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.sheet import save_sheet
 from dalle2_video.data.media.tensors import to_float, to_uint8
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.diffusion.lowres import blend, fit, known_frames
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.faces.probe import load_probe
-from dalle2_video.models.unet3d import Condition
+from dalle2_video.models.conditioning import Condition
 from dalle2_video.pipeline.loading import load_clip, load_prior, load_unet
 from dalle2_video.pipeline.sampling import Smaller, sample_clips, sample_embeddings
 from dalle2_video.provenance import provenance
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DRAWS, BATCH = 8, 16
 ALL = slice(None)
-FOUR = ["unets.tsr.model.low_frames=4", "unets.tsr.window=null"]  # of 16
+FOUR = ["unets.tsr.model.num_lowres_frames=4", "unets.tsr.crop_frames=null"]  # of 16
 
 
 def train(what: str, run_dir: Path, minutes: float, overrides: list[str]) -> Path:
@@ -64,16 +64,16 @@ def train(what: str, run_dir: Path, minutes: float, overrides: list[str]) -> Pat
 
 
 class HeldOut:
-    """The clips of val and combo with what their captions say."""
+    """The clips of val and heldout with what their captions say."""
 
     def __init__(self, folder: Path, cfg) -> None:
-        store, policy = store_of(cfg), CaptionPolicy(drop=False)
+        store, policy = store_of(cfg), EvaluationCaptions()
         clip, _ = load_clip(folder / "clip" / "model.safetensors")
         prior, diffusion, _ = load_prior(folder / "prior" / "model.safetensors")
         encode, config = TextEncoder(clip), sample_config(cfg)
         prior.to(DEVICE)
         frames, self.conditions, self.captions = [], [], []
-        for split in ("val", "combo"):
+        for split in ("val", "heldout"):
             dataset = CelebVTextDataset(store, split, 0, policy)
             for start in range(0, len(dataset), BATCH):
                 rows = range(start, min(start + BATCH, len(dataset)))
@@ -129,9 +129,9 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
         rows = list(range(len(truth)))
     rows = rows[:clips]
     truth = truth[rows]
-    low = to_float(data.frames[rows], model.low_frames, model.low_size)
+    low = to_float(data.frames[rows], model.num_lowres_frames, model.lowres_size)
     level = torch.full((len(rows),), 30.0)
-    fitted = fit(low, model.times)
+    fitted = fit(low, model.upscale)
     draws = DRAWS if what == "tsr" else 1
     samples = torch.empty(draws, *truth.shape)
     guess = torch.empty_like(truth)
@@ -159,11 +159,11 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
 
     figures: dict[str, float] = {"clips": float(len(rows))}
     if what == "tsr":
-        unknown = ~known_frames(model.num_frames, model.times)
-        last_known = model.num_frames - model.times[0]
+        unknown = ~known_frames(model.num_frames, model.upscale)
+        last_known = model.num_frames - model.upscale[0]
         between = unknown & (torch.arange(model.num_frames) < last_known)
         behind = unknown & ~between
-        others = {"blending": blend(fitted, level, model.times), "repetition": fitted[:, :3]}
+        others = {"blending": blend(fitted, level, model.upscale), "repetition": fitted[:, :3]}
         mean = samples.mean(0)
         for name, frames in (("between", between), ("behind_the_last", behind)):
             figures[f"psnr_{name}_mean_of_8"] = psnr(mean[:, :, frames], truth[:, :, frames])

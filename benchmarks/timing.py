@@ -5,7 +5,7 @@
 
 The packaged probe's features of each frame go into a small network over time, trained
 here on the clips of `train`: in which third of the clip the action starts. It is measured on real
-clips of val and combo, by action, then reads samples of the whole cascade from combo's captions.
+clips of val and heldout, by action, then reads samples of the whole cascade from heldout's captions.
 Beside both: the share of the most frequent third (chance), and the balanced accuracy, the mean over
 the thirds.
 """
@@ -22,7 +22,7 @@ from tqdm import trange
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_float
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
 from dalle2_video.evaluation.alignment import captions_of
 from dalle2_video.faces.attributes import ATTRIBUTES, FaceAttributes
@@ -119,11 +119,11 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
         cfg = compose("config", given.overrides)
-    store, policy = store_of(cfg), CaptionPolicy(drop=False)
+    store, policy = store_of(cfg), EvaluationCaptions()
     known = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
     probe = load_probe().network
     cascade = Cascade.load(given.run_dir, order=list(cfg.cascade))
-    number = cascade.stages[-1].unet.config.num_frames
+    number = cascade.unets[-1].unet.config.num_frames
 
     def real(split: str) -> tuple[Tensor, list[FaceAttributes]]:
         dataset = CelebVTextDataset(store, split, 0, policy)
@@ -137,15 +137,15 @@ def main() -> None:
     x, clips = real("train")
     reader = train(x, thirds(clips), given.epochs)
     figures = {}
-    for split in ("val", "combo"):
+    for split in ("val", "heldout"):
         x, clips = real(split)
         with torch.no_grad():
             figures |= scores(f"real_{split}", reader(x).argmax(1), thirds(clips), clips)
     print(json.dumps(figures, indent=1))
-    dataset = CelebVTextDataset(store, "combo", 0, policy, first_windows=True)
+    dataset = CelebVTextDataset(store, "heldout", 0, policy, first_windows=True)
     captions, config = captions_of(dataset, given.clips), sample_config(cfg)
     clips = [known[clip_id] for clip_id in captions.clip_ids]
-    with sampling_bar(cascade.num_steps(len(clips), config)) as report:
+    with sampling_bar(cascade.num_sampler_steps(len(clips), config)) as report:
         frames = cascade.sample(captions.lines, config, report=report)
     with torch.no_grad():
         found = reader(features(probe, frames, number)).argmax(1)

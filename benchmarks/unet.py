@@ -40,7 +40,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.models.unet3d import Condition, Unet3D, UnetConfig
+from dalle2_video.models.conditioning import Condition
+from dalle2_video.models.unet3d import Unet3D
+from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"

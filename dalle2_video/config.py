@@ -1,110 +1,105 @@
-"""From a section of the configuration to a frozen dataclass, strictly.
+"""Configuration classes: frozen dataclasses that hold every default and check every value.
 
-Scripts do it at the edge, so a wrong key fails before any data is read.
+A class of the configuration is made by `config_class`; `from_config` builds one from a section of
+the tree that Hydra composes, so a wrong key fails before any data is read. Conversion is
+pydantic's, in its strict mode: a number is never taken from a word or a yes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, dataclass_transform
 
+import pydantic
 from omegaconf import DictConfig, OmegaConf
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration section with an unknown, missing or ill-typed key."""
+    """A configuration with an unknown key or a value that is not allowed."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def config_class(cls: type[T]) -> type[T]:
+    """A frozen dataclass that refuses unknown keys and values of the wrong type."""
+    made = pydantic_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
+    return typing.cast(type[T], made)
+
+
+def default(make: Callable[[], T]) -> T:
+    """A field's default that is itself a configuration object, built by `make` when needed."""
+    return dataclasses.field(default_factory=make)
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """The whole section of a configuration class at its defaults, as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(cls())))
 
 
 def from_config(cls: type[T], section: DictConfig | Mapping[str, Any], where: str) -> T:
-    """Build the frozen dataclass `cls` from a configuration section, strictly.
+    """Build the configuration class `cls` from a section of the configuration, strictly.
 
-    Nested dataclasses come from nested sections, lists become tuples where the field is one.
-    Raises ConfigError that names the section `where` and the key: unknown, missing, ill-typed.
+    Nested classes come from nested sections, lists become tuples where the field is one, 1e6 may
+    stand for an integer; keys that are absent have their default. Raises ConfigError, one line that
+    names the section `where`, the key and the cause.
     """
     if isinstance(section, DictConfig):
         section = typing.cast(Mapping[str, Any], OmegaConf.to_container(section, resolve=True))
     if not isinstance(section, Mapping):
         raise ConfigError(f"{where}: must be a section with keys, got {section!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init}
-    for key in section:
-        if key not in fields:
-            known = ", ".join(fields)
-            raise ConfigError(f"{where}.{key}: unknown key; {where} has: {known}")
-    values = {}
-    for name, spec in fields.items():
-        if name in section:
-            values[name] = _convert(hints[name], section[name], f"{where}.{name}")
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}.{name}: missing key")
     try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}.{error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        text = json.dumps(_whole_numbers(section))
+        return pydantic.TypeAdapter(cls).validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        lines = [_one_line(cls, where, found) for found in error.errors()]
+        raise ConfigError("; ".join(dict.fromkeys(lines))) from None
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type of the field's annotation, or ConfigError."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ConfigError(f"{where}: expected {_name(hint)}, got {value!r}")
-    if hint is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        errors: list[ConfigError] = []
-        for option in (a for a in args if a is not type(None)):
-            try:
-                return _convert(option, value, where)
-            except ConfigError as error:
-                errors.append(error)
-        raise errors[0] if len(errors) == 1 else wrong
-    if origin is Literal:
-        if value in args:
-            return value
-        raise ConfigError(f"{where}: must be one of {', '.join(map(str, args))}, got {value!r}")
-    if dataclasses.is_dataclass(hint):
-        kind = typing.cast(Any, hint)
-        return value if isinstance(value, kind) else from_config(kind, value, where)
-    if origin in (tuple, list):
-        return _sequence(origin, args, value, where, wrong)
-    if origin in (dict, Mapping) or hint is dict:
-        if not isinstance(value, Mapping):
-            raise wrong
-        inner = args[1] if args else Any
-        return {k: _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():  # 1e6 in YAML is a float
-        return int(value)
-    if isinstance(hint, type) and isinstance(value, hint):
-        if isinstance(value, bool) and hint is not bool:
-            raise wrong
-        return value
-    raise wrong
+def _whole_numbers(value: Any) -> Any:
+    """Floats without a fraction as integers: YAML reads 1e6 as a float. Float fields take both."""
+    if isinstance(value, Mapping):
+        return {key: _whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _sequence(origin: Any, args: tuple, value: Any, where: str, wrong: ConfigError) -> Any:
-    if not isinstance(value, list | tuple):
-        raise wrong
-    if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
-        if args and len(args) != len(value):
-            raise wrong
-        kinds = args or (Any,) * len(value)
-    else:
-        kinds = (args[0] if args else Any,) * len(value)
-    items = [
-        _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-    ]
-    return tuple(items) if origin is tuple else items
+def _one_line(cls: type, where: str, found: Mapping[str, Any]) -> str:
+    *parents, key = (where, *found["loc"])
+    place = ".".join(map(str, (*parents, key)))
+    match found["type"]:
+        case "unexpected_keyword_argument":
+            known = ", ".join(_keys(cls, found["loc"][:-1]))
+            return f"{place}: unknown key; {'.'.join(map(str, parents))} has: {known}"
+        case "missing" | "missing_argument":
+            return f"{place}: missing key"
+        case "value_error":
+            return f"{place}: {found['ctx']['error']}"
+        case "dataclass_type":
+            return f"{place}: must be a section with keys, got {found['input']!r}"
+    message = found["msg"].removeprefix("Input should be ")
+    return f"{place}: must be {message}, got {found['input']!r}"
 
 
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+def _keys(cls: Any, path: Sequence[str | int]) -> list[str]:
+    """The keys of the class that lies at `path` below `cls`."""
+    for part in path:
+        if dataclasses.is_dataclass(cls):
+            cls = typing.get_type_hints(cls).get(str(part), Any)
+            if isinstance(cls, types.UnionType):
+                cls = next(arg for arg in typing.get_args(cls) if arg is not type(None))
+        else:  # the value of a dict, the entry of a tuple
+            cls = (
+                typing.get_args(cls)[-1]
+                if typing.get_origin(cls) is dict
+                else typing.get_args(cls)[0]
+            )
+    return (
+        [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dalle2_video.config import config_class, default
+
 CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
 
 
@@ -44,7 +46,7 @@ class Settings:
         return self.fps * num_frames / self.num_frames
 
 
-@dataclass(frozen=True)
+@config_class
 class DataConfig:
     """Section `data`.
 
@@ -54,20 +56,20 @@ class DataConfig:
     a worker longer is left out; None = no limit. overwrite: make shards again that are there.
     """
 
-    name: str
-    root: str
-    out: str | None
-    fps: float
-    num_frames: int
-    size: int
-    span: str
-    windows: str
-    encoding: str
-    split_seed: int
-    splits: dict[str, float]
-    workers: int
-    seconds_per_clip: float | None
-    overwrite: bool
+    name: str = "celebvtext"
+    root: str = "data/CelebV-Text"
+    out: str | None = None
+    fps: float = 8.0
+    num_frames: int = 16
+    size: int = 64
+    span: str = "first"
+    windows: str = "one"
+    encoding: str = "raw"
+    split_seed: int = 0
+    splits: dict[str, float] = default(dict)
+    workers: int = 8
+    seconds_per_clip: float | None = 60.0
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         _ = self.settings  # raises ValueError

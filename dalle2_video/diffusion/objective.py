@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dalle2_video.config import config_class
 from dalle2_video.diffusion.frequencies import octave_weights, to_frequencies
 from dalle2_video.diffusion.parameterization import (
     PREDICTIONS,
@@ -38,7 +39,7 @@ VARIANCE_WEIGHT = 0.001  # on the gradient: DeepSpeed, which clips all together,
 VARIANCE_LIMIT = 4.0  # times what fractions that are far too high say
 
 
-@dataclass(frozen=True)
+@config_class
 class DiffusionConfig:
     """Schedule, prediction and loss weight of one diffusion model.
 

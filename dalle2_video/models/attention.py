@@ -5,8 +5,8 @@ frames, with a learned relative position bias (T5 buckets). Cross attention: eve
 tokens of the condition. Each is a pre-norm residual branch on (B, F, H, W, C) whose output starts
 at zero.
 
-The last `images` of the F frames may be images of their own (joint training, same section): none of
-them sees another frame, nor is seen, and each has its own condition.
+The last `num_images` of the F frames may be images of their own (joint training, same section):
+none of them sees another frame, nor is seen, and each has its own condition.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class RelativePositionBias(nn.Module):
         return self.bias(self.bucket(position[None, :] - position[:, None])).permute(2, 0, 1)
 
 
-def frames_seen(frames: int, images: int, device: torch.device) -> Tensor:
+def frames_seen(frames: int, num_images: int, device: torch.device) -> Tensor:
     """bool (frames, frames), query by key: a clip's frames see each other, an image itself."""
-    clip = torch.arange(frames, device=device) < frames - images
+    clip = torch.arange(frames, device=device) < frames - num_images
     return (clip[:, None] & clip) | torch.eye(frames, dtype=torch.bool, device=device)
 
 
@@ -96,13 +96,13 @@ class TemporalAttention(nn.Module):
         self.position_bias = RelativePositionBias(dim // head_dim)
         self.to_out = zero_init(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, images: int = 0) -> Tensor:
+    def forward(self, x: Tensor, num_images: int = 0) -> Tensor:
         b, f, h, w, c = x.shape
         tokens = self.norm(x).reshape(b, f, h * w, c).transpose(1, 2).flatten(0, 1)
         q, k, v = self.to_qkv(tokens).chunk(3, dim=-1)
         bias = self.position_bias(f, x.device)
-        if images:
-            bias = bias.masked_fill(~frames_seen(f, images, x.device), float("-inf"))
+        if num_images:
+            bias = bias.masked_fill(~frames_seen(f, num_images, x.device), float("-inf"))
         out = self.to_out(attend(q, k, v, self.head_dim, bias[None]))
         return x + out.reshape(b, h * w, f, c).transpose(1, 2).reshape(x.shape)
 
@@ -121,17 +121,17 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)
         self.to_out = zero_init(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor, images: int = 0) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor, num_images: int = 0) -> Tensor:
         q = self.to_q(self.norm(x))
         k, v = self.to_kv(context).chunk(2, dim=-1)
-        mask, clips = mask[:, None, None, :], len(context) - len(x) * images
-        if not images:
+        mask, clips = mask[:, None, None, :], len(context) - len(x) * num_images
+        if not num_images:
             out = attend(q.flatten(1, 3), k, v, self.head_dim, mask).reshape(x.shape)
             return x + self.to_out(out)
         parts = []
         for frames, rows in (
-            (slice(0, -images), slice(0, clips)),
-            (slice(-images, None), slice(clips, None)),
+            (slice(0, -num_images), slice(0, clips)),
+            (slice(-num_images, None), slice(clips, None)),
         ):
             if k[rows].shape[0]:
                 part = q[:, frames]

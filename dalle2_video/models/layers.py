@@ -63,7 +63,7 @@ class SpatialConv(nn.Conv2d):
 class TemporalConv(nn.Module):
     """Convolution over 3 frames at each position, a pre-norm residual branch that starts at zero.
 
-    In place of temporal attention (Ho et al. Oct 2022, section 2.2); so the network sees no more of
+    Instead of temporal attention (Ho et al. Oct 2022, section 2.2); so the network sees no more of
     a clip's length than some frames. The clip's first and last frame are repeated beyond its ends.
     """
 
@@ -73,9 +73,9 @@ class TemporalConv(nn.Module):
         self.mix = nn.Linear(3 * dim, dim)
         zero_init(self.mix)
 
-    def forward(self, x: Tensor, images: int = 0) -> Tensor:
-        """x (B, F + J, H, W, C); the last J = `images` frames pass by."""
-        frames = x.shape[1] - images
+    def forward(self, x: Tensor, num_images: int = 0) -> Tensor:
+        """x (B, F + J, H, W, C); the last J = `num_images` frames pass unchanged."""
+        frames = x.shape[1] - num_images
         if not frames:  # steps of images alone: the weights take part, with a gradient of zero
             y = F.silu(self.norm(x[:, :1, :1, :1]))
             return x + 0.0 * self.mix(torch.cat([y, y, y], dim=-1))
@@ -83,7 +83,7 @@ class TemporalConv(nn.Module):
         y = F.silu(self.norm(clip))
         around = torch.cat([y[:, :1], y, y[:, -1:]], dim=1)
         mixed = self.mix(torch.cat([around[:, :-2], y, around[:, 2:]], dim=-1))
-        return torch.cat([clip + mixed, stills], dim=1) if images else clip + mixed
+        return torch.cat([clip + mixed, stills], dim=1) if num_images else clip + mixed
 
 
 class AdaptiveNorm(nn.Module):

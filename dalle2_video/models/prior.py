@@ -11,18 +11,17 @@ text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle2_video.config import config_class
 from dalle2_video.models.attention import attend
 from dalle2_video.models.layers import LogSNREmbedding, zero_init
 from dalle2_video.models.whitening import Examples, Whitening
 
 
-@dataclass(frozen=True)
+@config_class
 class PriorConfig:
     """Sizes of the transformer; noise_draws: K, noised embeddings per text in training."""
 

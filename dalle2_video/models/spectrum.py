@@ -40,29 +40,29 @@ class VarianceSpectrum(nn.Module):
         self.log_snr = LogSNREmbedding(dim)
         self.out = zero_init(nn.Linear(dim + 2, clip_shape[0] * math.prod(self.functions)))
 
-    def forward(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
+    def forward(self, log_snr: Tensor, batch: int, frames: int, num_images: int) -> Tensor:
         with torch.autocast(log_snr.device.type, enabled=False):  # bf16 has 3 digits
-            return self._fractions(log_snr.float(), batch, frames, images)
+            return self._fractions(log_snr.float(), batch, frames, num_images)
 
-    def _fractions(self, log_snr: Tensor, batch: int, frames: int, images: int) -> Tensor:
+    def _fractions(self, log_snr: Tensor, batch: int, frames: int, num_images: int) -> Tensor:
         # -log sigma^2 and -log alpha^2: an error that does not fall with the noise is one of them
         ends = torch.stack([F.softplus(log_snr), F.softplus(-log_snr)], dim=-1)
-        says = self.out(torch.cat([F.silu(self.log_snr(log_snr)), ends], dim=-1))
-        says = says.unflatten(-1, (self.shape[0], *self.functions))
-        t, h, w = (torch.arange(number, device=says.device) for number in self.functions)
-        says = says / (1 + t[:, None, None] + h[:, None] + w)
+        weights = self.out(torch.cat([F.silu(self.log_snr(log_snr)), ends], dim=-1))
+        weights = weights.unflatten(-1, (self.shape[0], *self.functions))
+        t, h, w = (torch.arange(number, device=weights.device) for number in self.functions)
+        weights = weights / (1 + t[:, None, None] + h[:, None] + w)
         for axis in (1, 2):  # pixels
             length = self.shape[axis + 1]
-            basis = smooth_basis(self.functions[axis], length, length, says.device)
-            says = (says.movedim(axis + 2, -1) @ basis).movedim(-1, axis + 2)
-        clips, parts = len(says) - batch * images, []
+            basis = smooth_basis(self.functions[axis], length, length, weights.device)
+            weights = (weights.movedim(axis + 2, -1) @ basis).movedim(-1, axis + 2)
+        clips, parts = len(weights) - batch * num_images, []
         number, whole = self.functions[0], self.shape[1]
         if clips:
-            basis = smooth_basis(number, frames, whole, says.device)
-            parts.append(torch.einsum("bcthw,tf->bcfhw", says[:clips], basis))
-        if images:  # the mean fraction over the frequencies of frames
-            basis = smooth_basis(number, whole, whole, says.device)
-            raw = torch.einsum("bcthw,tf->bcfhw", says[clips:], basis)
+            basis = smooth_basis(number, frames, whole, weights.device)
+            parts.append(torch.einsum("bcthw,tf->bcfhw", weights[:clips], basis))
+        if num_images:  # the mean fraction over the frequencies of frames
+            basis = smooth_basis(number, whole, whole, weights.device)
+            raw = torch.einsum("bcthw,tf->bcfhw", weights[clips:], basis)
             alone = torch.logsumexp(raw, dim=2) - math.log(whole)
-            parts.append(alone.unflatten(0, (batch, images)).transpose(1, 2))
+            parts.append(alone.unflatten(0, (batch, num_images)).transpose(1, 2))
         return torch.cat(parts, dim=2)

@@ -12,7 +12,6 @@ U lines, T tokens, W tower width, D embedding dimension.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple, cast
@@ -25,6 +24,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dalle2_video.config import config_class
 from dalle2_video.models.sdpa import attention
 
 CONTEXT_LENGTH = 77
@@ -43,7 +43,7 @@ LOAD_ERRORS = (
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class TrainedTextConfig:
     """A text tower trained from scratch together with the video tower."""
 
@@ -57,7 +57,7 @@ class TrainedTextConfig:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}")
 
 
-@dataclass(frozen=True)
+@config_class
 class PretrainedTextConfig:
     """The text tower of an open_clip model.
 

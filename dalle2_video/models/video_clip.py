@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle2_video.config import config_class
 from dalle2_video.models.text_tower import (
     LineFeatures,
     PretrainedTextConfig,
@@ -34,7 +35,7 @@ LOGIT_SCALE_INIT = math.log(1 / 0.07)  # Radford et al. 2021, section 2.5
 LOGIT_SCALE_MAX = math.log(100.0)
 
 
-@dataclass(frozen=True)
+@config_class
 class VideoCLIPConfig:
     """embed_dim: D, the dimension that both towers project to."""
 

@@ -11,7 +11,6 @@ B batch, F frames, T tubelet indices = F / tubelet, N patches of a tubelet index
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -19,10 +18,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from dalle2_video.config import config_class
 from dalle2_video.models.sdpa import attention
 
 
-@dataclass(frozen=True)
+@config_class
 class VideoTowerConfig:
     """image_size: side in pixels; patch (h, w) in pixels; tubelet: frames that one token spans.
 

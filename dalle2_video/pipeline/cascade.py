@@ -21,25 +21,24 @@ from tqdm import tqdm
 from dalle2_video.data.media.tensors import has_view, to_float, to_uint8
 from dalle2_video.data.sources.captions import pack_lines, text_to_lines, to_line
 from dalle2_video.diffusion.objective import DiffusionConfig
-from dalle2_video.model_file import (
-    CheckpointError,
-    file_hash,
-)
+from dalle2_video.model_file import CheckpointError, file_hash
+from dalle2_video.models.conditioning import Condition
 from dalle2_video.models.prior import Prior
-from dalle2_video.models.unet3d import Condition, Unet3D
+from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.models.video_clip import TextEncoding, VideoCLIP
 from dalle2_video.pipeline.loading import load_clip, load_prior, load_unet
-from dalle2_video.pipeline.sampling import SampleConfig, sample_clips, sample_embeddings
+from dalle2_video.pipeline.sampling import sample_clips, sample_embeddings
+from dalle2_video.pipeline.sampling_config import SampleConfig
 
-Report = Callable[[str], None]  # the name of the U-Net that has made a step
+Progress = Callable[[str], None]  # takes the name of the U-Net that has made a sampler step
 
 
-def read_texts(text: str | Sequence[str] | None, file: str | None, number: int) -> list[str]:
-    """The texts to sample, each `number` times. ValueError where there is none, or both."""
+def read_texts(text: str | Sequence[str] | None, file: str | None, num_samples: int) -> list[str]:
+    """The texts to sample, each `num_samples` times. ValueError where there is none, or both."""
     if (text is None) == (file is None):
         raise ValueError('give either text="..." or file=<a text file, one text per line>')
-    if number < 1:
-        raise ValueError(f"number must be at least 1, got {number}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if file is None:
         texts = [text if isinstance(text, str) else "\n".join(text or [])]
     else:
@@ -47,34 +46,34 @@ def read_texts(text: str | Sequence[str] | None, file: str | None, number: int) 
         texts = [line for line in texts if line]
     if not any(one.strip() for one in texts):
         raise ValueError(f"{file or 'text'}: empty, there is nothing to sample")
-    return [one for one in texts for _ in range(number)]
+    return [one for one in texts for _ in range(num_samples)]
 
 
 @dataclass(frozen=True)
-class CascadeStage:
+class CascadeUnet:
     """One U-Net of a cascade; fps: of the clips that it makes."""
 
     name: str
-    unet: Unet3D
+    network: Unet3D
     diffusion: DiffusionConfig
     fps: float
 
 
 @contextmanager
-def sampling_bar(steps: int, disable: bool = False) -> Iterator[Report]:
-    """A progress bar that names the U-Net at work; yields what `sample` reports to."""
+def sampling_bar(steps: int, disable: bool = False) -> Iterator[Progress]:
+    """A progress bar that names the U-Net at work; yields the callback that `sample` takes."""
     with tqdm(total=steps, unit="step", disable=disable) as bar:
 
-        def report(name: str) -> None:
+        def progress(name: str) -> None:
             bar.set_description(name, refresh=False)
             bar.update()
 
-        yield report
+        yield progress
 
 
 @contextmanager
 def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module is on the device inside, and on the CPU again behind it."""
+    """The module is on the device inside, and on the CPU again after it."""
     module.to(device)
     try:
         yield
@@ -90,16 +89,16 @@ class Cascade:
 
     def __init__(
         self,
-        clip: VideoCLIP,
+        video_clip: VideoCLIP,
         prior: tuple[Prior, DiffusionConfig],
-        stages: Sequence[CascadeStage],
+        unets: Sequence[CascadeUnet],
         device: torch.device | str = "cpu",
         precision: Literal["no", "bf16", "fp16"] = "no",
     ) -> None:
-        check_chain(stages)
+        check_chain(unets)
         self.device = torch.device(device)
-        self.clip, (self.prior, self.prior_diffusion) = clip, prior
-        self.stages = list(stages)
+        self.video_clip, (self.prior, self.prior_diffusion) = video_clip, prior
+        self.unets = list(unets)
         self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     @classmethod
@@ -118,12 +117,12 @@ class Cascade:
         """
         run_dir = Path(run_dir)
         clip_path = run_dir / "clip" / "model.safetensors"
-        clip, _ = load_clip(clip_path)
+        video_clip, _ = load_clip(clip_path)
         prior, prior_diffusion, prior_file = load_prior(run_dir / "prior" / "model.safetensors")
-        files, stages = [prior_file], []
+        files, unets = [prior_file], []
         for name in order:
-            unet, diffusion, file = load_unet(run_dir / name / "model.safetensors", name)
-            stages.append(CascadeStage(name, unet, diffusion, file.config["fps"]))
+            network, diffusion, file = load_unet(run_dir / name / "model.safetensors", name)
+            unets.append(CascadeUnet(name, network, diffusion, file.config["fps"]))
             files.append(file)
         clip_hash = file_hash(clip_path)
         for file in files:
@@ -132,25 +131,25 @@ class Cascade:
                     f"{file.path}: trained on the CLIP {file.meta.get('clip_hash')}, but "
                     f"{clip_path} is {clip_hash}; train this stage again"
                 )
-        return cls(clip, (prior, prior_diffusion), stages, device, precision)
+        return cls(video_clip, (prior, prior_diffusion), unets, device, precision)
 
     @property
     def fps(self) -> float:
         """Frames per second of the clips that `sample` returns."""
-        return self.stages[-1].fps
+        return self.unets[-1].fps
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str | Sequence[str]]) -> TextEncoding:
         """Texts, each one string (taken apart at sentences) or a list of lines, as tensors on the
         device. CaptionError where one is empty.
         """
-        with placed(self.clip, self.device):
+        with placed(self.video_clip, self.device):
             return self._encode(texts)
 
     def _encode(self, texts: Sequence[str | Sequence[str]]) -> TextEncoding:
         sets = [[to_line(line) for line in text_to_lines(text)] for text in texts]
         packed = pack_lines(sets)
-        return self.clip.encode_text(
+        return self.video_clip.encode_text(
             packed.tokens.to(self.device), packed.line_index.to(self.device)
         )
 
@@ -159,57 +158,57 @@ class Cascade:
         texts: Sequence[str | Sequence[str]],
         config: SampleConfig,
         first: int = 0,
-        report: Report | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """One clip per text from the whole cascade: uint8 RGB (B, F, H, W, 3) on the CPU.
 
-        Clip i is keyed by (config.seed, first + i), see `sample_stages`.
+        Clip i is keyed by (config.seed, first + i), see `sample_all`.
         """
-        numbers = range(first, first + len(texts))
-        return self.sample_stages(texts, config, numbers, report)[self.stages[-1].name]
+        sample_ids = range(first, first + len(texts))
+        return self.sample_all(texts, config, sample_ids, progress)[self.unets[-1].name]
 
     @torch.no_grad()
-    def sample_stages(
+    def sample_all(
         self,
         texts: Sequence[str | Sequence[str]],
         config: SampleConfig,
-        numbers: Sequence[int] | None = None,
-        report: Report | None = None,
+        sample_ids: Sequence[int] | None = None,
+        progress: Progress | None = None,
         last: str | None = None,
     ) -> dict[str, Tensor]:
         """One clip per text from every U-Net, by its name: uint8 RGB (B, F, H, W, 3) on the CPU.
 
-        The clip of text i is keyed by (config.seed, numbers[i]), by default i. Of several
+        The clip of text i is keyed by (config.seed, sample_ids[i]), by default i. Of several
         candidates the first U-Net whose clips the CLIP can see makes them all, and the nearest to
-        the text goes on. last: the U-Net to stop behind. report is called after each step of a
-        batch, `num_steps` times in all. ValueError where there are candidates and the CLIP can see
-        none of the clips.
+        the text goes on. last: the U-Net to stop after. progress is called after each sampler step
+        of a batch, `num_sampler_steps` times in all. ValueError where there are candidates and the
+        CLIP can see none of the clips.
         """
-        names = [stage.name for stage in self.stages]
-        stages = self.stages[: names.index(last) + 1] if last else self.stages
+        names = [unet.name for unet in self.unets]
+        unets = self.unets[: names.index(last) + 1] if last else self.unets
         if not texts:  # more processes than texts
-            return {stage.name: torch.empty(0, dtype=torch.uint8) for stage in stages}
+            return {unet.name: torch.empty(0, dtype=torch.uint8) for unet in unets}
         judge, many = self._judge(config, last)
-        numbers = range(len(texts)) if numbers is None else numbers
-        sample_ids = torch.tensor([many * number + j for number in numbers for j in range(many)])
-        condition = self._condition([t for t in texts for _ in range(many)], sample_ids, config)
+        sample_ids = range(len(texts)) if sample_ids is None else sample_ids
+        ids = torch.tensor([many * i + candidate for i in sample_ids for candidate in range(many)])
+        condition = self._condition([t for t in texts for _ in range(many)], ids, config)
         made: dict[str, Tensor] = {}
-        low: Tensor | None = None
-        for stage in stages:
-            low = self._stage(stage, condition, sample_ids, low, config, report)
-            made[stage.name] = low
-            if stage.name == judge:
-                kept = self.nearest(low, condition.text_embedding, many)
-                condition, sample_ids, low = condition.rows(kept), sample_ids[kept], low[kept]
+        lowres: Tensor | None = None
+        for unet in unets:
+            lowres = self._sample_unet(unet, condition, ids, lowres, config, progress)
+            made[unet.name] = lowres
+            if unet.name == judge:
+                kept = self.nearest(lowres, condition.text_embedding, many)
+                condition, ids, lowres = condition.rows(kept), ids[kept], lowres[kept]
                 made = {name: clips[kept] for name, clips in made.items()}
         return made
 
     def _condition(
         self, texts: Sequence[str | Sequence[str]], sample_ids: Tensor, config: SampleConfig
     ) -> Condition:
-        """What the texts and the prior's embeddings say, on the CPU."""
+        """The texts and the embeddings that the prior draws for them, on the CPU."""
         size = config.batch_size
-        with placed(self.clip, self.device):  # in float32, as in training
+        with placed(self.video_clip, self.device):  # in float32, as in training
             encoded = [self._encode(texts[i : i + size]) for i in range(0, len(texts), size)]
         parts = []
         with placed(self.prior, self.device):
@@ -222,32 +221,32 @@ class Cascade:
                 parts.append(part.to("cpu"))
         return reduce(Condition.cat, parts)
 
-    def _stage(
+    def _sample_unet(
         self,
-        stage: CascadeStage,
+        unet: CascadeUnet,
         condition: Condition,
         sample_ids: Tensor,
-        low: Tensor | None,
+        lowres: Tensor | None,
         config: SampleConfig,
-        report: Report | None,
+        progress: Progress | None,
     ) -> Tensor:
-        """The clips of one U-Net: uint8 (B, F, H, W, 3) on the CPU; low: the one's before it."""
-        model = stage.unet.config
-        how, clips = config.of(stage.name, model), []
-        with placed(stage.unet, self.device):
+        """The clips of one U-Net: uint8 (B, F, H, W, 3) on the CPU; lowres: the one's before it."""
+        model = unet.network.config
+        how, clips = config.of(unet.name, model), []
+        with placed(unet.network, self.device):
             for rows in torch.arange(len(sample_ids)).split(how.batch_size):
                 with self._autocast():
                     video = sample_clips(
-                        stage.unet,
+                        unet.network,
                         model,
-                        stage.diffusion,
+                        unet.diffusion,
                         condition.rows(rows).to(self.device),
                         sample_ids[rows],
                         how,
                         config.seed,
-                        None if low is None else to_float(low[rows].to(self.device)),
-                        None if report is None else lambda: report(stage.name),
-                        "sample" if low is None else f"sample/{stage.name}",
+                        None if lowres is None else to_float(lowres[rows].to(self.device)),
+                        None if progress is None else lambda: progress(unet.name),
+                        "sample" if lowres is None else f"sample/{unet.name}",
                     )
                 clips.append(to_uint8(video).cpu())
         return torch.cat(clips)
@@ -258,22 +257,22 @@ class Cascade:
     @property
     def judge(self) -> str:
         """The first U-Net whose clips the CLIP can see; ValueError where there is none."""
-        video, frames = self.clip.config.video, 0
-        for stage in self.stages:
-            model = stage.unet.config
-            frames = frames * model.times[0] if frames else model.num_frames
+        video, frames = self.video_clip.config.video, 0
+        for unet in self.unets:
+            model = unet.network.config
+            frames = frames * model.upscale[0] if frames else model.num_frames
             if has_view(frames, model.image_size, video.num_frames, video.image_size):
-                return stage.name
+                return unet.name
         raise ValueError(
             f"candidates: the video CLIP sees {video.num_frames} frames of {video.image_size} px, "
             "which no clip of the cascade can show it"
         )
 
     def _judge(self, config: SampleConfig, last: str | None) -> tuple[str | None, int]:
-        """Behind which U-Net one of how many candidates is chosen; without that U-Net, of one."""
+        """The U-Net after which one clip is chosen, and of how many; (None, 1): nowhere."""
         if config.candidates == 1:
             return None, 1
-        names, judge = [stage.name for stage in self.stages], self.judge
+        names, judge = [unet.name for unet in self.unets], self.judge
         reached = last is None or names.index(judge) <= names.index(last)
         return (judge, config.candidates) if reached else (None, 1)
 
@@ -281,45 +280,46 @@ class Cascade:
         """Of each `many` clips, uint8 (B, F, H, W, 3), the index of the one whose embedding is
         nearest to that of its text, (B, D); int64 (B / many,).
         """
-        video, scores = self.clip.config.video, []
-        with placed(self.clip, self.device):
+        video, scores = self.video_clip.config.video, []
+        with placed(self.video_clip, self.device):
             for frames, target in zip(clips.split(32), text.split(32), strict=True):
                 view = to_float(frames.to(self.device), video.num_frames, video.image_size)
-                embedding = self.clip.encode_video(view)
+                embedding = self.video_clip.encode_video(view)
                 scores.append((embedding * target.to(self.device)).sum(1).cpu())
         best = torch.cat(scores).unflatten(0, (-1, many)).argmax(1)
         return torch.arange(len(best)) * many + best
 
-    def num_steps(self, texts: int, config: SampleConfig, last: str | None = None) -> int:
-        """How often `sample_stages` reports a step."""
+    def num_sampler_steps(self, texts: int, config: SampleConfig, last: str | None = None) -> int:
+        """How often `sample_all` calls `progress`."""
         steps, (judge, many) = 0, self._judge(config, last)
-        for stage in self.stages:
-            how = config.of(stage.name, stage.unet.config)
+        for unet in self.unets:
+            how = config.of(unet.name, unet.network.config)
             steps += -(-texts * many // how.batch_size) * how.steps
-            if stage.name == judge:
+            if unet.name == judge:
                 many = 1
-            if stage.name == last:
+            if unet.name == last:
                 break
         return steps
 
 
-def check_chain(stages: Sequence[CascadeStage]) -> None:
+def check_chain(unets: Sequence[CascadeUnet]) -> None:
     """CheckpointError where a U-Net does not take what the one before it makes."""
-    if not stages:
+    if not unets:
         raise CheckpointError("a cascade needs a U-Net, such as cascade=[base]")
-    first = stages[0]
-    if first.unet.config.low_copies:
+    first = unets[0]
+    if first.network.config.lowres_copies:
         raise CheckpointError(
-            f"cascade: {first.name!r} makes more of a smaller clip, not of a text"
+            f"cascade: {first.name!r} is a super-resolution U-Net and cannot come first; put a "
+            "U-Net such as 'base' before it"
         )
-    for before, after in pairwise(stages):
-        made, takes = before.unet.config, after.unet.config
-        if not takes.low_copies:
+    for before, after in pairwise(unets):
+        made, takes = before.network.config, after.network.config
+        if not takes.lowres_copies:
             raise CheckpointError(f"cascade: {after.name!r} makes clips of text, so it comes first")
-        low_fps = after.fps / takes.times[0]
-        if made.image_size != takes.low_size or not math.isclose(before.fps, low_fps):
+        lowres_fps = after.fps / takes.upscale[0]
+        if made.image_size != takes.lowres_size or not math.isclose(before.fps, lowres_fps):
             raise CheckpointError(
-                f"cascade: {after.name!r} was trained on clips of {takes.low_size} px at "
-                f"{low_fps:g} frames per second, but {before.name!r} makes {made.image_size} px at "
-                f"{before.fps:g}"
+                f"cascade: {after.name!r} was trained on clips of {takes.lowres_size} px at "
+                f"{lowres_fps:g} frames per second, but {before.name!r} makes {made.image_size} px "
+                f"at {before.fps:g}"
             )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.model_file import LoadedModel, load_model, load_weights
 from dalle2_video.models.prior import Prior, PriorConfig
-from dalle2_video.models.unet3d import Unet3D, UnetConfig
+from dalle2_video.models.unet3d import Unet3D
+from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
 
 
@@ -33,9 +33,6 @@ def load_unet(path: Path, name: str) -> tuple[Unet3D, DiffusionConfig, LoadedMod
     """A U-Net of a run with its diffusion settings, on the CPU, in eval mode."""
     loaded = load_model(path, name)
     config = loaded.config
-    sizes: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()
-    }
-    unet = Unet3D(UnetConfig(**sizes), config["embedding_dim"], config["text_dim"])
+    unet = Unet3D(UnetConfig(**config["model"]), config["embedding_dim"], config["text_dim"])
     load_weights(unet, loaded)
     return unet.eval().requires_grad_(False), DiffusionConfig(**config["diffusion"]), loaded

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
 from dalle2_video.data.store.dataset import Batch, CelebVTextDataset, embedding_keys
 from dalle2_video.data.store.embeddings import EmbeddingCache
 from dalle2_video.data.store.store import ClipStore
@@ -33,19 +33,19 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 class Conditions:
     """The CLIP of a run and the data sets with its embeddings."""
 
-    clip: VideoCLIP
+    video_clip: VideoCLIP
     clip_hash: str
     train_set: CelebVTextDataset
     val_set: CelebVTextDataset
 
     def examples(self) -> Examples:
         """What whitening is fitted to: all training embeddings, and the texts met first."""
-        data, number = self.train_set, EXAMPLES_PER_DIMENSION * self.clip.embed_dim
+        data, number = self.train_set, EXAMPLES_PER_DIMENSION * self.video_clip.embed_dim
         assert data.embeddings is not None
         still = CelebVTextDataset(
             data.store, data.name, data.seed, data.captions, data.embeddings, load_frames=False
         )
-        encode, device = TextEncoder(self.clip), process_state().device or "cpu"
+        encode, device = TextEncoder(self.video_clip), process_state().device or "cpu"
         texts, states = [], []
         for start in range(0, min(number, 4 * len(data)), EXAMPLES_BATCH):
             batch = still.collate([still.pointer(start + i) for i in range(EXAMPLES_BATCH)])
@@ -62,48 +62,51 @@ def load_conditions(
     captions: CaptionPolicy,
     load_frames: bool,
     validation: str = "val",
-    images: int = 0,
+    num_images: int = 0,
 ) -> Conditions:
-    """CLIP, embeddings and data of a run; `validation` names the split to validate on. images: that
-    come with each clip of training.
+    """CLIP, embeddings and data of a run.
+
+    validation: the split to validate on. num_images: how many come with each clip of training.
 
     Raises CheckpointError or EmbeddingError where the CLIP or its cache is missing or they do not
     belong together, and EmbeddingError where the cache holds other clips than the data, or the same
     in another order.
     """
     folder = Path(run_dir) / "clip"
-    clip, loaded = load_clip(folder / "model.safetensors")
+    video_clip, loaded = load_clip(folder / "model.safetensors")
     cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
     cache.check_order(embedding_keys(store))
-    train = CelebVTextDataset(store, "train", seed, captions, cache, load_frames, num_images=images)
-    still = CaptionPolicy(drop=False)
+    train = CelebVTextDataset(
+        store, "train", seed, captions, cache, load_frames, num_images=num_images
+    )
+    still = EvaluationCaptions()
     val = CelebVTextDataset(store, validation, seed, still, cache, load_frames)
-    return Conditions(clip, loaded.hash, train, val)
+    return Conditions(video_clip, loaded.hash, train, val)
 
 
 class TextEncoder:
     """The frozen text tower, moved to the device of the batch on first use."""
 
-    def __init__(self, clip: VideoCLIP) -> None:
-        self.clip = clip.eval().requires_grad_(False)
+    def __init__(self, video_clip: VideoCLIP) -> None:
+        self.video_clip = video_clip.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TextEncoding:
-        if self.clip.log_logit_scale.device != batch.tokens.device:
-            self.clip.to(batch.tokens.device)
-        text = self.clip.encode_text(batch.tokens, batch.line_index)
+        if self.video_clip.log_logit_scale.device != batch.tokens.device:
+            self.video_clip.to(batch.tokens.device)
+        text = self.video_clip.encode_text(batch.tokens, batch.line_index)
         return TextEncoding(text.embedding.float(), text.states.float(), text.place)
 
 
-def draw_times(seed: int, sample_ids: Tensor, stream: str) -> Tensor:
+def draw_t(seed: int, sample_ids: Tensor, stream: str) -> Tensor:
     """Diffusion times (B,) float32 in [0, 1), equidistributed over any run of global sample ids.
 
     The golden-ratio sequence of the id: low-discrepancy, as VDM's stratified times, yet a pure
     function of (seed, id), so independent of ranks and micro-batches.
     """
     offset = keyed.key(seed, "offset", stream) / 2**63
-    times = sample_ids.to(torch.float64) * GOLDEN_RATIO + offset
-    return torch.frac(times).float()
+    t = sample_ids.to(torch.float64) * GOLDEN_RATIO + offset
+    return torch.frac(t).float()
 
 
 def shared_coin(probability: float, step: StepInfo, stream: str) -> bool:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,27 +12,46 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle2_video import keyed
+from dalle2_video.config import config_class, default
 from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import Batch, eval_loader
 from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
 from dalle2_video.models.prior import Prior, PriorConfig
 from dalle2_video.models.whitening import Whitening
-from dalle2_video.pipeline.sampling import SampleConfig, sample_embeddings
-from dalle2_video.stages.frozen_clip import Conditions, TextEncoder, draw_times
+from dalle2_video.pipeline.sampling import sample_embeddings
+from dalle2_video.pipeline.sampling_config import SampleConfig
+from dalle2_video.stages.frozen_clip import Conditions, TextEncoder, draw_t
 from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
 
 
-@dataclass(frozen=True)
+@config_class
 class PriorSection:
     """The section `prior` of the configuration. text_drop: rate of texts replaced by the null
     text.
     """
 
-    captions: CaptionPolicy
-    model: PriorConfig
-    diffusion: DiffusionConfig
-    text_drop: float
-    train: TrainConfig
+    captions: CaptionPolicy = default(lambda: CaptionPolicy(join_probability=0.4))
+    model: PriorConfig = default(
+        lambda: PriorConfig(width=1024, layers=12, heads=16, noise_draws=4)
+    )
+    diffusion: DiffusionConfig = default(lambda: DiffusionConfig(prediction="x0", loss="x0"))
+    text_drop: float = 0.1
+    train: TrainConfig = default(
+        lambda: TrainConfig(
+            batch_size=512,
+            clips=10_000_000,
+            lr=1.1e-4,
+            warmup_clips=500_000,
+            lr_schedule="cosine",
+            weight_decay=0.06,
+            betas=(0.9, 0.96),
+            ema_halflife_clips=500_000,
+            log_every_clips=10_240,
+            val_every_clips=512_000,
+            save_every_clips=512_000,
+            workers=4,
+        )
+    )
 
 
 def whitening_of(model: nn.Module, accelerator: Accelerator) -> Whitening:
@@ -43,10 +61,14 @@ def whitening_of(model: nn.Module, accelerator: Accelerator) -> Whitening:
 
 def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Stage:
     """The stage "prior": MSE on the embedding itself, K noise levels per text."""
-    clip, diffusion, draws = conditions.clip, section.diffusion, section.model.noise_draws
-    encode = TextEncoder(clip)
+    video_clip, diffusion, draws = (
+        conditions.video_clip,
+        section.diffusion,
+        section.model.noise_draws,
+    )
+    encode = TextEncoder(video_clip)
     torch.manual_seed(keyed.key(seed, 0, "prior/init"))
-    prior = Prior(section.model, clip.embed_dim, clip.text_width)
+    prior = Prior(section.model, video_clip.embed_dim, video_clip.text_width)
     prior.fit(conditions.examples())
 
     def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
@@ -55,7 +77,7 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
         whiten = whitening_of(model, step.accelerator)
         x0 = whiten(batch.embeddings)[:, None].expand(-1, draws, -1)
         sample_ids = step.sample_ids[:, None] * draws + torch.arange(draws)
-        t = draw_times(step.seed, sample_ids.flatten(), "prior").to(step.device)
+        t = draw_t(step.seed, sample_ids.flatten(), "prior").to(step.device)
         eps = keyed.randn(x0.shape[1:], step.seed, step.sample_ids, "prior/noise").to(step.device)
         noised = add_noise(diffusion, x0.flatten(0, 1), t, eps.flatten(0, 1))
         keep = keyed.rand((), step.seed, step.sample_ids, "prior/drop") >= section.text_drop
@@ -100,8 +122,8 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
         config={
             "model": dataclasses.asdict(section.model),
             "diffusion": dataclasses.asdict(diffusion),
-            "embedding_dim": clip.embed_dim,
-            "text_dim": clip.text_width,
+            "embedding_dim": video_clip.embed_dim,
+            "text_dim": video_clip.text_width,
         },
         meta={"clip_hash": conditions.clip_hash},
     )

@@ -1,77 +1,73 @@
-"""What a super-resolution network is trained on: random parts of a clip, and its smaller clip.
+"""What a super-resolution U-Net is trained on: random crops of a clip, and its smaller clip.
 
 B clips, F frames; a "size" is (frames, pixels of a side). Stored frames are uint8 (B, F, H, W, 3).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dalle2_video import keyed
 from dalle2_video.data.media.tensors import to_float
-from dalle2_video.diffusion.lowres import augment, cut, fit
-from dalle2_video.models.unet3d import Low, UnetConfig
+from dalle2_video.diffusion.lowres import cut
+from dalle2_video.models.conditioning import LowRes
+from dalle2_video.pipeline.super_resolution import Corner, SuperResolution
 from dalle2_video.training.stage import StepInfo
 
 Size = tuple[int, int]
-Corner = tuple[int, int, int]  # frame, row, column
 
 
 def draw_corners(
-    whole: Size, part: Size, times: Size, seed: int, sample_ids: Tensor, stream: str
+    whole: Size, crop: Size, upscale: Size, seed: int, sample_ids: Tensor, stream: str
 ) -> list[Corner]:
-    """Where each clip's part begins, evenly, on frames and pixels where the smaller clip has them.
+    """Where each clip's crop begins, drawn evenly where the smaller clip has frames and pixels.
 
-    times: how many times the smaller clip's frames and pixels, as `UnetConfig.times`.
+    upscale: factors over the smaller clip in frames and pixels, as `UnetConfig.upscale`.
     """
-    frames, pixels = ((a - b) // step for a, b, step in zip(whole, part, times, strict=True))
+    frames, pixels = ((a - b) // by for a, b, by in zip(whole, crop, upscale, strict=True))
     corners = []
     for sample_id in sample_ids.tolist():
         draws = [
             keyed.key(seed, sample_id, f"{stream}/{axis}") for axis in ("frame", "row", "column")
         ]
         t, y, x = (draw % (n + 1) for draw, n in zip(draws, (frames, pixels, pixels), strict=True))
-        corners.append((t * times[0], y * times[1], x * times[1]))
+        corners.append((t * upscale[0], y * upscale[1], x * upscale[1]))
     return corners
 
 
-def part_of(frames: Tensor, whole: Size, corners: list[Corner], part: Size) -> Tensor:
+def crop_of(frames: Tensor, whole: Size, corners: list[Corner], crop: Size) -> Tensor:
     """Stored frames, in a view of size `whole`, cut at the corners: float32 (B, 3, F, H, W)."""
-    if whole == part:
+    if whole == crop:
         return to_float(frames, *whole)
     # stored frames and pixels per one of the view
     t, s = frames.shape[1] // whole[0], frames.shape[2] // whole[1]
     stored = [(frame * t, row * s, column * s) for frame, row, column in corners]
-    shape = part[0] * t, part[1] * s, part[1] * s
+    shape = crop[0] * t, crop[1] * s, crop[1] * s
     pieces = cut(frames.movedim(-1, 1), stored, shape)
-    return to_float(pieces.movedim(1, -1), *part)
+    return to_float(pieces.movedim(1, -1), *crop)
 
 
-def noisy_low(
+def draw_lowres(
     frames: Tensor,
-    model: UnetConfig,
+    task: SuperResolution,
     augmentation: tuple[float, float],
     corners: list[Corner],
-    part: Size,
+    crop: Size,
     step: StepInfo,
     sample_ids: Tensor,
     stream: str,
-) -> Low:
-    """The smaller clip of stored frames, with noise of a random level, as the network takes it.
+) -> LowRes:
+    """The network's input from the smaller clip of stored frames, with noise of a random level.
 
-    It is shrunk by the resize that makes the training data of the networks before it.
+    The clip is shrunk by the resize that makes the training data of the networks before it;
+    augmentation: log-SNRs between which the level is drawn evenly.
     """
-    assert model.low_frames is not None
+    model = task.model
+    assert model.num_lowres_frames is not None
     length = frames.shape[1]
-    small = to_float(frames, min(length, model.low_frames), model.low_size)
+    small = to_float(frames, min(length, model.num_lowres_frames), model.lowres_size)
     least, most = augmentation
     share = keyed.rand((), step.seed, sample_ids, f"{stream}/augmentation")
-    level = (least + (most - least) * share).to(step.device, non_blocking=True)
+    log_snr = (least + (most - least) * share).to(step.device, non_blocking=True)
     noise = keyed.randn(small.shape[1:], step.seed, sample_ids, f"{stream}/low", step.device)
-    fitted = cut(
-        fit(augment(small, level, noise), model.times), corners, (part[0], part[1], part[1])
-    )
-    index = torch.arange(part[0], device=step.device)
-    first = torch.tensor([corner[0] for corner in corners]).to(step.device, non_blocking=True)
-    return Low(fitted, level, (first[:, None] + index).float())
+    return task.crops(task.augmented(small, log_snr, noise), log_snr, corners, crop)

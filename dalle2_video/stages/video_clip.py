@@ -16,7 +16,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle2_video import keyed
-from dalle2_video.config import ConfigError
+from dalle2_video.config import ConfigError, config_class, default
 from dalle2_video.data.media.tensors import has_view, to_float
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
 from dalle2_video.data.store.dataset import Batch, CelebVTextDataset, embedding_keys
 from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
 from dalle2_video.data.store.store import ClipStore
@@ -47,17 +46,17 @@ from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
 EVAL_BATCH = 64
 
 
-@dataclass(frozen=True)
+@config_class
 class TextSection:
     """clip.model.text: an open_clip tower where `name` is given, otherwise a small one to train."""
 
-    name: str | None
-    weights: str | None
-    frozen: bool
-    width: int
-    layers: int
-    heads: int
-    mlp_ratio: float
+    name: str | None = "ViT-B-32"
+    weights: str | None = "laion2b_s34b_b79k"
+    frozen: bool = True
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
         if self.name is not None and self.weights is None:
@@ -71,26 +70,50 @@ class TextSection:
         return PretrainedTextConfig(self.name, self.weights, self.frozen)
 
 
-@dataclass(frozen=True)
+@config_class
 class ModelSection:
     """clip.model: both towers and the dimension that they share."""
 
-    embed_dim: int
-    video: VideoTowerConfig
-    text: TextSection
+    embed_dim: int = 512
+    video: VideoTowerConfig = default(
+        lambda: VideoTowerConfig(
+            image_size=64,
+            num_frames=16,
+            patch=(8, 8),
+            tubelet=2,
+            width=768,
+            spatial_layers=12,
+            temporal_layers=4,
+            heads=12,
+        )
+    )
+    text: TextSection = default(TextSection)
 
     def model_config(self) -> VideoCLIPConfig:
         """What VideoCLIP takes."""
         return VideoCLIPConfig(self.embed_dim, self.video, self.text.tower())
 
 
-@dataclass(frozen=True)
+@config_class
 class ClipSection:
     """The section `clip` of the configuration; `captions` is the policy of training."""
 
-    captions: CaptionPolicy
-    model: ModelSection
-    train: TrainConfig
+    captions: CaptionPolicy = default(CaptionPolicy)
+    model: ModelSection = default(ModelSection)
+    train: TrainConfig = default(
+        lambda: TrainConfig(
+            batch_size=512,
+            clips=3_000_000,
+            warmup_clips=100_000,
+            lr_schedule="cosine",
+            weight_decay=0.2,
+            betas=(0.9, 0.98),
+            ema_halflife_clips=None,
+            log_every_clips=5_120,
+            val_every_clips=256_000,
+            save_every_clips=256_000,
+        )
+    )
 
 
 class _AllGather(torch.autograd.Function):
@@ -244,7 +267,7 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
         )
     torch.manual_seed(keyed.key(seed, 0, "clip/init"))
     model = VideoCLIP(section.model.model_config())
-    policy = CaptionPolicy(drop=False)
+    policy = EvaluationCaptions()
     val_set = CelebVTextDataset(store, validation, seed, policy, first_windows=True)
     return Stage(
         name="clip",
@@ -252,7 +275,7 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
         objective=partial(objective, view=view),
         train_set=CelebVTextDataset(store, "train", seed, section.captions),
         val_set=val_set,
-        validate=lambda m, accelerator: judge(m, val_set, view).figures(),
+        validate=lambda m, accelerator: judge(m, val_set, view).metrics(),
         config=model.config.to_dict(),
         meta={"fps": str(data.view_fps(video.num_frames))},
         state_filter=model.keeps,
@@ -271,7 +294,7 @@ def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
     path = folder / "embeddings.safetensors"
     clip, loaded = load_clip(folder / "model.safetensors")
     sets = [
-        CelebVTextDataset(store, name, 0, CaptionPolicy(drop=False))
+        CelebVTextDataset(store, name, 0, EvaluationCaptions())
         for name in store.splits
         if store.split(name)
     ]

@@ -1,113 +1,72 @@
-"""From the command line and the configuration tree to what the scripts pass around."""
+"""From the settings of a command to what the scripts pass around."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dalle2_video.config import ConfigError, from_config
+from dalle2_video.config import defaults_of
 from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.shard import index_paths
 from dalle2_video.data.store.store import ClipStore, open_store
-from dalle2_video.faces.writer import FacesConfig, write_dataset
-from dalle2_video.pipeline.sampling import SampleConfig
+from dalle2_video.faces.writer import write_dataset
+from dalle2_video.stages.config_tree import Settings
 from dalle2_video.training.accelerator import process_state
+from dalle2_video.training.config_guard import flat
 from dalle2_video.training.log import check_wandb
 from dalle2_video.training.stage import RunConfig
 
 
-def quote_texts(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which the sentence of `text=...` is one quoted value.
-
-    Hydra would take a bare comma for a sweep, and refuse an apostrophe. A list of lines ([...]) and
-    a value that is quoted already stay as they are.
-    """
-    return [_quoted(argument) for argument in arguments]
-
-
-def _quoted(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    raw = re.fullmatch(r"""\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'|null""", value, re.DOTALL)
-    if key != "text" or not equals or raw:
-        return argument
-    # inside quotes only a quote, backslashes before one, and an interpolation have a meaning
-    value = re.sub(r"(\\*)(\"|$)", lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)
-    return f'text="{value.replace("${", chr(92) + "${")}"'
-
-
-def render_faces(cfg: DictConfig, data: DataConfig) -> bool:
+def render_faces(settings: Settings) -> bool:
     """Render the embedded data set, or what is missing of it, where `data.root` is its own folder.
 
     Returns whether it is: any other folder holds the user's clips, and nothing is rendered there.
     """
-    if cfg.faces is None:
+    faces, data = settings.faces, settings.data
+    if faces is None or Path(data.root).resolve() != Path(faces.root).resolve():
         return False
-    faces = from_config(FacesConfig, cfg.faces, "faces")
-    if Path(data.root).resolve() != Path(faces.root).resolve():
-        return False
-    write_dataset(
-        faces.root,
-        faces.clips,
-        faces.size,
-        faces.fps,
-        faces.seconds,
-        faces.seed,
-        data.splits,
-        data.workers,
-        split_seed=data.split_seed,
-    )
+    write_dataset(faces, data.splits, data.split_seed, data.workers)
     return True
 
 
-def store_of(cfg: DictConfig) -> ClipStore:
+def store_of(settings: Settings) -> ClipStore:
     """The preprocessed clips that the section `data` names; the embedded faces are made when they
     are not there. StoreError where there are none.
     """
-    config = from_config(DataConfig, cfg.data, "data")
-    if cfg.faces is not None:
+    if settings.faces is not None:
         state = process_state()
         with state.main_process_first():
-            if state.is_main_process and not index_paths(config.store):
-                print(f"{config.store}: no clips yet", flush=True)
-                if render_faces(cfg, config):
-                    print(preprocess(config), flush=True)
-    return open_store(config)
+            if state.is_main_process and not index_paths(settings.data.store):
+                print(f"{settings.data.store}: no clips yet", flush=True)
+                if render_faces(settings):
+                    print(preprocess(settings.data), flush=True)
+    return open_store(settings.data)
 
 
-def sample_config(cfg: DictConfig) -> SampleConfig:
-    """How to sample, from the section `sample`. ConfigError where it names no U-Net of `unets` that
-    makes more of a smaller clip.
-    """
-    config = from_config(SampleConfig, cfg.sample, "sample")
-    for name in config.stages:
-        if name not in cfg.unets:
-            raise ConfigError(f"sample.stages.{name}: unets has only {', '.join(cfg.unets)}")
-        if cfg.unets[name].model.low_frames is None:
-            raise ConfigError(f"sample.stages.{name}: it makes clips of text, as `sample` says")
-    return config
-
-
-def run_config(cfg: DictConfig, stage: str) -> RunConfig:
+def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
     """Where and how a stage runs; makes the process group. Raises WandbKeyError, before any slow
     work.
+
+    cfg: what the settings were made of, written into the run's folder.
     """
+    name = f"unets.{stage}" if stage in settings.unets else stage
+    section = settings.unets[stage] if stage in settings.unets else getattr(settings, stage)
     run = RunConfig(
-        dir=str(Path(cfg.run_dir) / stage),
-        seed=cfg.seed,
-        mixed_precision=cfg.mixed_precision,
-        train_name=cfg.train_name,
-        use_wandb=cfg.use_wandb,
-        wandb_project=cfg.wandb_project,
-        wandb_entity=cfg.wandb_entity,
-        wandb_tags=tuple(cfg.wandb_tags),
-        wandb_mode=cfg.wandb_mode,
-        section=stage if stage in cfg else f"unets.{stage}",
-        force=cfg.force,
-        timeout_minutes=cfg.timeout_minutes,
+        dir=str(Path(settings.run_dir) / stage),
+        seed=settings.seed,
+        mixed_precision=settings.mixed_precision,
+        train_name=settings.train_name,
+        use_wandb=settings.use_wandb,
+        wandb_project=settings.wandb_project,
+        wandb_entity=settings.wandb_entity,
+        wandb_tags=settings.wandb_tags,
+        wandb_mode=settings.wandb_mode,
+        section=name,
+        defaults=flat(defaults_of(type(section)), name) | flat(defaults_of(DataConfig), "data"),
+        force=settings.force,
+        timeout_minutes=settings.timeout_minutes,
         resolved=OmegaConf.to_yaml(cfg, resolve=True),
     )
     check_wandb(run)

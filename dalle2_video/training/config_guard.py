@@ -112,8 +112,8 @@ def check_folder(run: RunConfig) -> None:
         }
         for text in (path.read_text(encoding="utf-8"), run.resolved)
     )
-    # an option that did not exist then, and is off now, makes no difference
-    here = {k: v for k, v in here.items() if k in there or v not in (False, 0, None)}
+    # an option that did not exist then, and is at its default now, makes no difference
+    here = {k: v for k, v in here.items() if k in there or v != run.defaults.get(k)}
     if found := differences(there, here):
         raise ConfigError(
             f"{run.dir} was begun with another configuration ({'; '.join(found)}): choose another "

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dalle2_video.config import ConfigError
+from dalle2_video.config import ConfigError, config_class
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Stage:
         return self.state_filter is None or self.state_filter(name)
 
 
-@dataclass(frozen=True)
+@config_class
 class TrainConfig:
     """How long and how to train; all progress is counted in clips seen.
 
@@ -96,25 +96,25 @@ class TrainConfig:
     after each multiple of it.
     """
 
-    batch_size: int
-    clips: int
-    lr: float
-    micro_batch_size: int | None
-    minutes: float | None
-    warmup_clips: int
-    lr_schedule: Literal["constant", "cosine"]
-    optimizer: Literal["adamw", "muon"]
-    weight_decay: float
-    betas: tuple[float, float]
-    grad_clip: float | None
-    ema_halflife_clips: float | None
-    ema_rampup: float
-    log_every_clips: int
-    val_every_clips: int | None
-    save_every_clips: int | None
-    keep_checkpoints: int
-    keep_every_clips: int | None
-    workers: int
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    clips: int = 12_800_000
+    minutes: float | None = None
+    lr: float = 3e-4
+    warmup_clips: int = 640_000
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    grad_clip: float | None = 1.0
+    ema_halflife_clips: float | None = 900_000
+    ema_rampup: float = 0.05
+    log_every_clips: int = 12_800
+    val_every_clips: int | None = 640_000
+    save_every_clips: int | None = 640_000
+    keep_checkpoints: int = 3
+    keep_every_clips: int | None = None
+    workers: int = 8
 
     def __post_init__(self) -> None:
         positive = ["batch_size", "clips", "lr", "micro_batch_size", "minutes", "grad_clip"]
@@ -135,7 +135,8 @@ class RunConfig:
 
     dir: runs/<train_name>/<stage>. wandb_mode: online | offline, None = WANDB_MODE or online.
     resolved: the whole configuration as YAML, written to <dir>/config.yaml when the run begins.
-    section: of it, the stage's own ("unets.base"). force: go on where it differs from that file.
+    section: of it, the stage's own ("unets.base"). defaults: of its keys and the data's, dotted: what
+    a run stands for whose configuration does not have the key yet. force: go on where it differs from that file.
     timeout_minutes: how long a rank waits for the others before the run ends.
     """
 
@@ -150,5 +151,6 @@ class RunConfig:
     wandb_mode: Literal["online", "offline"] | None = None
     resolved: str | None = None
     section: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     force: bool = False
     timeout_minutes: float = 30.0

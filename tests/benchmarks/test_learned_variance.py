@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.learned_variance import RECIPES, Divergence, network, unconditional
 from dalle2_video.diffusion.variance import split_output
-from tests.models.test_unet3d import awake
+from tests.helpers.networks import awake
 
 
 @pytest.mark.parametrize("at", [3, 40, 150])

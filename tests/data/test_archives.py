@@ -148,6 +148,8 @@ def test_a_large_folder_becomes_many_shards_that_stay(tmp_path: Path, monkeypatc
     folder = tmp_path / "videos"
     folder.mkdir()
     for person in range(60):
+        if person == 50:
+            assert [s.name for s in find_sources(tmp_path).sources] == ["videos"]
         (folder / f"{clip_id(person)}.mp4").write_bytes(b"v")
     before = {c: s.name for s in find_sources(tmp_path).sources for c in s.videos}
     assert len(before) == 60 and len(set(before.values())) > 20
@@ -155,6 +157,14 @@ def test_a_large_folder_becomes_many_shards_that_stay(tmp_path: Path, monkeypatc
         (folder / f"{clip_id(person)}.mp4").write_bytes(b"v")
     after = {c: s.name for s in find_sources(tmp_path).sources for c in s.videos}
     assert len(after) == 90 and {clip: after[clip] for clip in before} == before
+    # Stores of users have these names: a change here would make their shards again.
+    assert [after[clip_id(person)][-2:] for person in range(5)] == ["?"]
+
+
+def test_a_large_archive_is_one_shard(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dalle2_video.data.sources.archives.FOLDER_SHARD", 2)
+    write_zip(tmp_path / "sp.zip", {clip: b"v" for clip in (A, B, C)})
+    assert [source.name for source in find_sources(tmp_path).sources] == ["sp"]
 
 
 def test_a_linked_folder_is_followed_and_a_loop_ends(tmp_path: Path) -> None:
@@ -166,6 +176,21 @@ def test_a_linked_folder_is_followed_and_a_loop_ends(tmp_path: Path) -> None:
     (tmp_path / "real" / "loop").symlink_to(root)
     (source,) = find_sources(root).sources
     assert list(source.videos) == [A]
+
+
+def test_clip_names_have_one_or_two_numbers(tmp_path: Path) -> None:
+    good = ["_-a_b-c_d_e_0", "M2Ohb0FAaJU_12_3"]
+    bad = ["M2Ohb0FAaJU", "M2Ohb0FAaJU_1_2_3", "M2Ohb0FAaJ_1", "M2Ohb0FAaJU_x"]
+    write_zip(tmp_path / "x.zip", {name: b"v" for name in good + bad}, {})
+    catalogue = find_sources(tmp_path)
+    assert sorted(catalogue.sources[0].videos) == sorted(good)
+    assert sorted(Path(name).stem for name in causes(catalogue)) == sorted(bad)
+
+
+def test_a_zip_under_the_name_of_a_tar_is_read(tmp_path: Path) -> None:
+    write_zip(tmp_path / "sp.zip", {A: f"video of {A}".encode()})
+    (tmp_path / "sp.zip").rename(tmp_path / "sp.tar")
+    check_whole(find_sources(tmp_path), [A])
 
 
 def test_other_files_are_no_concern(tmp_path: Path) -> None:
@@ -199,6 +224,25 @@ def test_a_member_that_points_outside_is_listed(tmp_path: Path, form: str, name:
     assert list(catalogue.sources[0].videos) == [A]
 
 
+@pytest.mark.parametrize("form", ["zip", "tar", "tar.gz"])
+def test_a_member_too_large_to_be_a_clip_is_never_read(
+    tmp_path: Path, monkeypatch, form: str
+) -> None:
+    """Damage, or a bomb: it is refused by the size that its archive gives."""
+    members = {f"videos/{A}.mp4": bytes(101), f"videos/{B}.mp4": bytes(100)}
+    if form == "zip":
+        write_zip(tmp_path / "x.zip", {A: bytes(101), B: bytes(100)}, {})
+    else:
+        write_tar(tmp_path / f"x.{form}", members, "w" if form == "tar" else "w:gz")
+    monkeypatch.setattr("dalle2_video.data.sources.archives.MOST_BYTES", 100)
+    (source,) = find_sources(tmp_path).sources
+    found = {clip: (member, data) for clip, member, data in source.stream()}
+    assert (found[B][1] or found[B][0].read()) == bytes(100)
+    assert found[A][1] is None
+    with pytest.raises(ArchiveError, match="too large"):
+        found[A][0].read()
+
+
 @pytest.mark.parametrize("name", [f"C:\\videos\\{B}.mp4", f"..\\{B}.mp4"])
 def test_names_of_windows_are_no_way_out(tmp_path: Path, name: str) -> None:
     write_tar(tmp_path / "x.tar", {**layout([A]), name: b"outside"})
@@ -220,6 +264,17 @@ def test_links_and_devices_in_a_tar_are_listed(tmp_path: Path, kind: bytes, form
     assert list(catalogue.sources[0].videos) == [A]
     cause = causes(catalogue)[f"videos/{B}.mp4"]
     assert cause == "is no plain file" or cause == "is a link to /etc/passwd, which is not followed"
+
+
+def test_a_sparse_member_of_a_tar_is_listed(tmp_path: Path) -> None:
+    """Its bytes do not lie end to end, so they cannot be read by their offset."""
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo(f"videos/{A}.mp4")
+        info.size = 4
+        info.pax_headers = {"GNU.sparse.map": "0,2,998,2", "GNU.sparse.size": "1000"}
+        tar.addfile(info, io.BytesIO(b"abcd"))
+    catalogue = find_sources(tmp_path)
+    assert causes(catalogue) == {f"videos/{A}.mp4": "is no plain file"}
 
 
 def test_a_link_in_a_zip_is_listed(tmp_path: Path) -> None:
@@ -292,13 +347,15 @@ def test_odd_names_copies_and_unknown_texts_are_listed(tmp_path: Path) -> None:
         "videos/trailer.mp4": b"no clip name",
         f"videos/more/{A}.mp4": b"a second copy",
         f"texts/hairstyle/{A}.txt": b"no known category",
+        f"texts/hairstyle/{B}.txt": b"the folder is listed once",
     }
     write_tar(tmp_path / "x.tar", members)
-    found = causes(find_sources(tmp_path))
+    catalogue = find_sources(tmp_path)
+    found = causes(catalogue)
     assert found["videos/trailer.mp4"].startswith("its name is no clip name")
     assert found[f"videos/more/{A}.mp4"].startswith("a second copy: videos/celebvtext_6")
     assert found["texts/hairstyle"].startswith("texts of no known category")
-    assert len(found) == 3
+    assert len(found) == len(catalogue.problems) == 3
 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:

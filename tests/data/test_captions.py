@@ -15,6 +15,7 @@ from dalle2_video.data.sources.captions import (
     START,
     CaptionError,
     CaptionPolicy,
+    EvaluationCaptions,
     Line,
     clean,
     encode,
@@ -96,6 +97,12 @@ def test_splits_come_at_the_strongest_break_and_parts_are_filled() -> None:
     assert len(pieces) == math.ceil(len(encode(LONG)) / 75)
 
 
+def test_pieces_are_filled_up_to_75_tokens() -> None:
+    sentence = " ".join(["light"] * 24) + "."
+    pieces = split_line(" ".join([sentence] * 4))
+    assert [len(encode(piece)) for piece in pieces] == [75, 25]
+
+
 def test_one_endless_word_is_cut_and_not_lost() -> None:
     word = "x7q" * 200
     pieces = split_line(word)
@@ -170,6 +177,18 @@ def test_a_join_never_exceeds_77_tokens_and_loses_nothing() -> None:
     assert joined == [to_line(line.text) for line in joined]
 
 
+@pytest.mark.parametrize(("second", "expected"), [(37, [77]), (38, [39, 40])])
+def test_a_joined_line_may_have_77_tokens_and_no_more(second: int, expected: list[int]) -> None:
+    """37 tokens, a comma, 37 tokens, start and end: exactly CONTEXT."""
+    lines = [to_line(" ".join(["light"] * count)) for count in (37, second)]
+    assert [len(line.tokens) for line in join_lines(lines)] == expected
+
+
+def test_a_line_of_punctuation_is_joined_to_nothing() -> None:
+    lines = [to_line("..."), to_line("warm light")]
+    assert join_lines(lines) == lines
+
+
 def test_packing_stores_each_line_once_and_marks_gaps() -> None:
     a, b, c = (to_line(text) for text in ("warm light", "a man smiles", "he nods and talks"))
     packed = pack_lines([[a, b], [c], [b, c, a]])
@@ -198,7 +217,7 @@ def category_of(text: str) -> list[str]:
 
 
 def test_training_draws_every_number_of_categories_and_never_none() -> None:
-    policy = CaptionPolicy(drop=True, all_probability=0.2, join_probability=0.0)
+    policy = CaptionPolicy(all_probability=0.2, join_probability=0.0)
     counts = Counter()
     for sample_id in range(3000):
         chosen = policy.choose(LINES, 0, sample_id, "clip:0")
@@ -247,9 +266,14 @@ def test_a_category_is_present_at_its_rate() -> None:
             seen[category_of(line.text)[0]] += 1
     assert seen["emotion"] / 2000 == pytest.approx(0.25, abs=0.03)
     assert seen["light_dir"] == 0 and seen["action_dur"] == 2000
+    none = CaptionPolicy(
+        all_probability=1.0, join_probability=0.0, presence=dict.fromkeys(LINES, 0.0)
+    )
+    alone = [none.choose(LINES, 0, sample_id, "a:0") for sample_id in range(100)]
+    assert all(len(lines) == 1 for lines in alone) and len({lines[0].text for lines in alone}) > 6
     only = {"light_dir": LINES["light_dir"]}
     assert policy.choose(only, 0, 0, "a:0"), "a clip that has nothing else keeps it"
-    whole = CaptionPolicy(drop=False, presence={"light_dir": 0.0})
+    whole = EvaluationCaptions()
     assert len(whole.choose(LINES, 0, 0, "a:0")) == 6
     with pytest.raises(ValueError, match=r"presence\.mood: no category; there are action_dur"):
         CaptionPolicy(presence={"mood": 0.5})
@@ -263,14 +287,18 @@ def test_the_draw_is_a_function_of_seed_and_counter() -> None:
     assert draw == [policy.choose(LINES, 3, sample_id, "a:0") for sample_id in range(50)]
     assert draw != [policy.choose(LINES, 4, sample_id, "a:0") for sample_id in range(50)]
     assert len({tuple(lines) for lines in draw}) > 25
+    single = CaptionPolicy(join_probability=0.0)
+    met = {line for n in range(300) for line in single.choose(LINES, 3, n, "a:0")}
+    assert met == {line for lines in LINES.values() for line in lines}, "every line is met"
 
 
 def test_evaluation_takes_all_categories_keyed_by_the_clip() -> None:
-    policy = CaptionPolicy(drop=False)
+    policy = EvaluationCaptions()
     first = policy.choose(LINES, 0, 5, "a:0")
     assert [category_of(line.text)[0] for line in first] == list(CATEGORIES)
     assert first == policy.choose(LINES, 0, 99, "a:0")
     assert any(policy.choose(LINES, 0, 5, f"{k}:0") != first for k in range(5))
+    assert any(policy.choose(LINES, seed, 5, "a:0") != first for seed in range(1, 6))
 
 
 def test_a_single_category_and_none() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from dalle2_video.data.config import Settings
 from dalle2_video.data.media.encode import encode_window
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
 from dalle2_video.data.store.dataset import (
     Batch,
     CelebVTextDataset,
@@ -41,7 +41,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ClipStore:
 
 
 def dataset(store: ClipStore, split: str = "train", drop: bool = True, **more) -> CelebVTextDataset:
-    return CelebVTextDataset(store, split, 11, CaptionPolicy(drop=drop), **more)
+    return CelebVTextDataset(
+        store, split, 11, CaptionPolicy() if drop else EvaluationCaptions(), **more
+    )
 
 
 def same(a: Batch, b: Batch) -> bool:

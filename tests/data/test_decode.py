@@ -130,6 +130,15 @@ def test_frames_left_out_in_decoding_change_no_other(form: str, even: bool, kind
     assert len(clip.frames) == (8 if kind != "all" else math.ceil(length * 9) // 8 * 8)
 
 
+def test_no_frame_is_left_out_for_a_time_stamp_that_its_container_rounded() -> None:
+    """1/15 s is written as 67 ms, so each wanted time lies a little before its frame."""
+    video = write_video(moving(30), fps=15.0, form="matroska", codec_options=B_FRAMES)
+    with av.open(io.BytesIO(video)) as container:
+        expected = [frame_to_rgb(frame, 64) for frame in container.decode(video=0)]
+    assert np.array_equal(decode_clip(video, 15.0, 30, 64).frames, expected)
+    assert np.array_equal(decode_clip(video, 5.0, 10, 64).frames, expected[::3])
+
+
 def test_damage_in_a_frame_that_is_left_out_does_not_matter() -> None:
     """The clip is the same as without the damage; where that frame is wanted it is an error."""
     video = write_video(moving(50), fps=25.0, codec_options=B_FRAMES, faststart=True)
@@ -177,6 +186,28 @@ def test_truncated_mp4(share: float, front: bool) -> None:
     assert len(decode_clip(video, 10.0, 20, 32).timestamps) == 20
     with pytest.raises(ClipError, match="truncated"):
         decode_clip(video[: int(len(video) * share)], 10.0, 20, 32)
+
+
+@pytest.mark.parametrize("kind", ["first", "full", "all"])
+def test_a_file_that_ends_between_two_packets_is_truncated(kind: str) -> None:
+    """No packet is cut off then; the header still has the length of the whole."""
+    video = write_video(grey_steps(40, step=6), faststart=True)
+    with av.open(io.BytesIO(video)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+    cut = video[: packets[25].pos]
+    span, windows = "full" if kind == "full" else "first", "all" if kind == "all" else "one"
+    assert len(decode_clip(cut, 10.0, 10, 32).frames) == 10, "enough for the first second"
+    with pytest.raises(ClipError, match=r"truncated: stops at 2\.50 s of 4\.00 s"):
+        decode_clip(cut, 10.0, 30 if kind == "first" else 10, 32, 0.0, span, windows)
+
+
+def test_a_header_of_absurd_size_is_refused(monkeypatch) -> None:
+    video = write_video(grey_steps(4))
+    monkeypatch.setattr("dalle2_video.data.media.stream.MOST_PIXELS", 32 * 32)
+    assert len(decode_clip(video, 10.0, 4, 32).frames) == 4
+    monkeypatch.setattr("dalle2_video.data.media.stream.MOST_PIXELS", 32 * 32 - 1)
+    with pytest.raises(ClipError, match="its frames are too large: 32 x 32"):
+        decode_clip(video, 10.0, 4, 32)
 
 
 @pytest.mark.parametrize("data", [b"", b"no video at all" * 100, bytes(5000)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dalle2_video.data.media.decode import decode_clip
-from dalle2_video.data.media.frame import crop_resize, frame_to_rgb, resize_matrix
+from dalle2_video.data.media.frame import ClipError, crop_resize, frame_to_rgb, resize_matrix
 from tests.helpers.media import PATCHES, patch_colours, patches, set_display_matrix, write_video
 
 # ---------------------------------------------------------------- colour
@@ -41,11 +41,20 @@ def test_the_four_kinds_really_differ() -> None:
     assert np.abs(patch_colours(decode_clip(video, 10.0, 2, 64).frames[0]) - PATCHES).max() > 15
 
 
-@pytest.mark.parametrize(("height", "matrix"), [(64, "bt601"), (720, "bt709")])
+@pytest.mark.parametrize(("height", "matrix"), [(64, "bt601"), (576, "bt601"), (720, "bt709")])
 def test_untagged_files_get_the_usual_guess(height: int, matrix: str) -> None:
     video = write_video(patches(height), matrix=matrix, tagged=False)
     clip = decode_clip(video, 10.0, 2, 64)
     assert np.abs(patch_colours(clip.frames[0]) - PATCHES).max() <= 2.5
+
+
+def test_an_untagged_wide_file_is_bt709_whatever_its_height() -> None:
+    image = np.kron(PATCHES, np.ones((16, 320, 1), np.uint8))
+    video = write_video(image[None].repeat(2, 0), matrix="bt709", tagged=False)
+    with av.open(io.BytesIO(video)) as container:
+        wide = frame_to_rgb(next(container.decode(video=0)))
+    middle = wide[8::16, 160::320]
+    assert np.abs(middle.astype(float) - PATCHES).max() <= 2.5
 
 
 # ---------------------------------------------------------------- shape
@@ -86,6 +95,20 @@ def test_rotation_comes_before_the_crop() -> None:
     # Turned clockwise the blue (bottom left) quarter is top left, the red one top right.
     assert frame[2, 2].argmax() == 2 and frame[2, 29].argmax() == 0
     assert frame[29, 2].min() > 200 and frame[29, 29].argmax() == 1
+
+
+def test_a_rotation_that_is_no_quarter_turn_is_refused() -> None:
+    video = set_display_matrix(write_video(four_corners()), 1, 1, 0, 1)
+    with pytest.raises(ClipError, match="its rotation is no quarter turn"):
+        decode_clip(video, 10.0, 2, 32)
+
+
+def test_pixels_that_are_no_squares_are_turned_with_the_frame() -> None:
+    """Turned, 32 x 32 pixels that were twice as wide as high are twice as high as wide."""
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    images[:, :, 8:24] = 200
+    video = set_display_matrix(write_video(images, aspect=Fraction(2)), 0, 1, -1, 0)
+    assert decode_clip(video, 10.0, 2, 32).frames[0][1:-1].min() > 190
 
 
 @pytest.mark.parametrize(("width", "height"), [(63, 47), (47, 63), (33, 33), (64, 32)])
@@ -144,6 +167,13 @@ def test_shrinking_in_the_decoder_is_the_area_average(side: int, size: int) -> N
     exact = np.einsum("ih,hwc,jw->ijc", matrix, whole, matrix, optimize=True)
     got = decode_clip(video, 10.0, 2, size).frames[0]
     assert 10 * np.log10(255**2 / np.mean((got - exact) ** 2)) >= 40
+
+
+def test_a_small_square_frame_is_enlarged_like_any_other() -> None:
+    video = write_video(np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8))
+    with av.open(io.BytesIO(video)) as container:
+        whole = frame_to_rgb(next(container.decode(video=0)))
+    assert np.array_equal(decode_clip(video, 10.0, 2, 32).frames[0], crop_resize(whole, 32))
 
 
 def test_enlarging_is_linear() -> None:

@@ -16,7 +16,7 @@ from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
 from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset, embedding_keys
 from dalle2_video.data.store.shard import ShardWriter, StoreError, read_index, shard_paths
 from dalle2_video.data.store.store import open_store
@@ -165,7 +165,7 @@ def test_evaluation_meets_each_clip_once(tmp_path: Path) -> None:
         == len(CelebVTextDataset(store, "train", 0, CaptionPolicy()))
         == 6
     )
-    policy = CaptionPolicy(drop=False)
+    policy = EvaluationCaptions()
     first = CelebVTextDataset(store, "train", 0, policy, first_windows=True)
     assert first.keys() == [f"{clip_id(person)}:0" for person in (1, 3, 4)]
 

@@ -8,7 +8,7 @@ import torch
 
 from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.sources.captions import EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.data.store.store import open_store
 from dalle2_video.evaluation.alignment import (
@@ -33,7 +33,7 @@ def dataset(tmp_path_factory) -> CelebVTextDataset:
         root=str(root), fps=4.0, num_frames=8, size=32, splits={"all": 1.0}, workers=0
     )
     preprocess(config)
-    return CelebVTextDataset(open_store(config), "all", 0, CaptionPolicy(drop=False))
+    return CelebVTextDataset(open_store(config), "all", 0, EvaluationCaptions())
 
 
 @pytest.fixture(scope="module")

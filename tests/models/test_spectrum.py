@@ -18,8 +18,9 @@ from dalle2_video.diffusion.samplers import ancestral
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.models.unet3d import Unet3D
-from dalle2_video.pipeline.sampling import ClipSampling, sample_clips
-from tests.models.test_unet3d import SMALL, awake, inputs
+from dalle2_video.pipeline.sampling import sample_clips
+from dalle2_video.pipeline.sampling_config import UnetSampling
+from tests.helpers.networks import SMALL, awake, inputs
 
 LEARNED = dataclasses.replace(SMALL, learned_variance=True)
 
@@ -60,8 +61,10 @@ def test_the_network_says_prediction_and_fraction():
     assert (fraction_of(raw) == 0.5).all()
     plain, none = split_output(Unet3D(SMALL, 24, 12)(z, log_snr, condition), 3)
     assert plain.shape == z.shape and none is None
-    with pytest.raises(ValueError, match="learned_variance is for networks without low_frames"):
-        dataclasses.replace(LEARNED, low_frames=2, low_size=16)
+    with pytest.raises(
+        ValueError, match="learned_variance is for networks without num_lowres_frames"
+    ):
+        dataclasses.replace(LEARNED, num_lowres_frames=2, lowres_size=16)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -71,7 +74,7 @@ def test_ancestral_sampling_takes_the_fractions_of_its_step(scale):
     net = awake(Unet3D(LEARNED, 24, 12)).requires_grad_(False)
     nn.init.normal_(net.variance.out.weight, std=0.1)
     _, _, condition = inputs()
-    how = ClipSampling(sampler="ancestral", steps=4, guidance_scale=scale)
+    how = UnetSampling(sampler="ancestral", steps=4, guidance_scale=scale)
     sample_ids, config, now = torch.arange(2), DiffusionConfig(), torch.zeros(1)
 
     def network(z, log_snr, given):

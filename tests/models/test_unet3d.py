@@ -13,30 +13,10 @@ from dalle2_video.models.attention import (
     SpatialAttention,
     TemporalAttention,
 )
+from dalle2_video.models.conditioning import Condition, LocalTokenMixer
 from dalle2_video.models.layers import SpatialConv, channels_to_space, space_to_channels
-from dalle2_video.models.unet3d import Block, Condition, Neighbours, Unet3D, UnetConfig
-
-SMALL = UnetConfig(
-    image_size=16, num_frames=4, patch=2, dim=32, mults=(1, 2), head_dim=16, cond_dim=32
-)
-
-
-def awake(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module with its zero-initialised layers filled, so that every path carries something."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return module.eval()
-
-
-def inputs(batch: int = 2, frames: int = 4):
-    torch.manual_seed(1)
-    place = torch.tensor([0, 1, 2, 0, 1]).repeat(batch, 1)  # two lines, of three tokens and two
-    place[0, 3:] = -1
-    embedding, whole = F.normalize(torch.randn(2, batch, 24), dim=-1)
-    condition = Condition.of(embedding, torch.randn(batch, 5, 12), place, whole)
-    return torch.randn(batch, 3, frames, 16, 16), torch.linspace(-3, 3, batch), condition
+from dalle2_video.models.unet3d import Block, Unet3D
+from tests.helpers.networks import SMALL, awake, inputs
 
 
 def test_starts_at_zero_and_every_parameter_gets_gradient() -> None:
@@ -105,7 +85,7 @@ def test_text_is_a_set_and_padding_is_unseen() -> None:
 
 def test_tokens_are_joined_with_their_neighbours_of_the_same_line_only() -> None:
     """ "no glasses, beard" says another thing than "glasses, no beard"."""
-    module = awake(Neighbours(8))
+    module = awake(LocalTokenMixer(8))
     x = torch.randn(1, 7, 8)
     place = torch.tensor([[0, 1, 2, 0, 1, -1, -1]])
     out = module(x, place)

@@ -8,11 +8,9 @@ from types import SimpleNamespace
 import av
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 import evaluate
-import preprocess
 import sample
 import train_clip
 import train_decoder
@@ -26,9 +24,10 @@ from dalle2_video.model_file import CheckpointError, file_hash
 from dalle2_video.models.whitening import Whitening
 from dalle2_video.pipeline.cascade import Cascade, read_texts
 from dalle2_video.pipeline.loading import load_clip
-from dalle2_video.pipeline.sampling import SampleConfig, sample_embeddings
+from dalle2_video.pipeline.sampling import sample_embeddings
+from dalle2_video.pipeline.sampling_config import SampleConfig
 from dalle2_video.stages.frozen_clip import (
-    draw_times,
+    draw_t,
     keep_masks,
     load_conditions,
     shared_coin,
@@ -37,84 +36,7 @@ from dalle2_video.stages.prior import PriorSection, prior_stage
 from dalle2_video.stages.wiring import store_of
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.stage import StepInfo
-from tests.helpers.launching import ROOT
-
-STEPS = ["batch_size=8", "clips=32", "warmup_clips=8", "save_every_clips=16", "workers=0"]
-STEPS += ["optimizer=adamw"]  # the one that runs sharded
-STAGES = {"clip": (train_clip, "clip"), "prior": (train_prior, "prior")}
-STAGES |= {name: (train_decoder, f"unets.{name}") for name in ("base", "tsr", "ssr")}
-SMALL = [
-    "faces.clips=64",
-    "faces.size=32",
-    "data.fps=4",
-    "data.num_frames=8",
-    "data.size=32",
-    "data.workers=0",
-    "data.splits={train: 0.6, val: 0.2, combo: 0.2}",
-    "clip.model.embed_dim=32",
-    "clip.model.video.width=32",
-    "clip.model.video.heads=2",
-    "clip.model.text.width=32",
-    "clip.model.text.heads=2",
-    "prior.model.width=32",
-    "prior.model.heads=2",
-    "prior.model.layers=2",
-    "unets.base.model.dim=32",
-    "unets.base.model.head_dim=32",
-    "unets.base.model.cond_dim=64",
-    # 4 frames of 16 px -> 8 of 16 -> 8 of 32
-    *[f"unets.tsr.{size}" for size in ("model.image_size=16", "model.low_size=16", "window=4")],
-    *[f"unets.ssr.{size}" for size in ("model.image_size=32", "model.low_size=16", "window=4")],
-    "unets.tsr.model.low_frames=4",
-    "unets.ssr.model.low_frames=8",
-    "unets.ssr.crop=16",
-    *[
-        f"unets.{name}.model.{size}"
-        for name in ("tsr", "ssr")
-        for size in ("num_frames=8", "dim=32", "cond_dim=32")
-    ],
-    "sample.steps=2",
-    "sample.stages.tsr.steps=2",
-    "sample.stages.ssr.steps=2",
-    "sample.prior_steps=2",
-    "cascade=[base]",
-    *[f"{key}.train.{setting}" for _, key in STAGES.values() for setting in STEPS],
-]
-
-
-def composed(*overrides: str):
-    """The configuration of these overrides."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        return compose("config", list(overrides))
-
-
-def train(stage: str, cfg) -> None:
-    """One stage by its entry script."""
-    cfg = cfg.copy()
-    cfg.unet = stage if stage in cfg.unets else "base"
-    STAGES[stage][0].main(cfg)
-
-
-@pytest.fixture(scope="module")
-def configure(tmp_path_factory):
-    """overrides -> config of a small run; data and runs live in one temporary folder."""
-    folder = tmp_path_factory.mktemp("pipeline")
-
-    def compose_config(*overrides: str, run: str = "run"):
-        places = [f"faces.root={folder}/data", f"run_dir={folder}/{run}"]
-        return composed(*SMALL, *places, *overrides)
-
-    return compose_config
-
-
-@pytest.fixture(scope="module")
-def run_dir(configure) -> Path:
-    """All stages trained for four steps by the entry scripts."""
-    cfg = configure()
-    preprocess.main(cfg)
-    for stage in STAGES:
-        train(stage, cfg)
-    return Path(cfg.run_dir)
+from tests.helpers.runs import JOINT, STAGES, train
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +49,7 @@ FAST = SampleConfig(steps=2, prior_steps=2, batch_size=3)
 
 def test_sample_writes_mp4_and_sheet(configure, run_dir, tmp_path) -> None:
     text = "A man with a beard smiles. The light comes from the left."
-    sample.main(configure(f"text='{text}'", "number=2", f"out={tmp_path}"))
+    sample.main(configure(f"text='{text}'", "num_samples=2", f"out={tmp_path}"))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["0000.mp4", "0001.mp4", "sheet.png"]
     with av.open(str(tmp_path / "0000.mp4")) as container:
@@ -161,9 +83,6 @@ def test_the_same_command_again_changes_nothing(configure, run_dir) -> None:
     train_clip.main(configure())
     train_decoder.main(configure())
     assert before == {s: file_hash(run_dir / s / "model.safetensors") for s in STAGES}
-
-
-JOINT = ["unets.base.images=2", "unets.base.image_only=0.5", "unets.base.model.self_condition=true"]
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +179,9 @@ def test_the_compiled_unet_trains_to_the_same_loss(configure, run_dir) -> None:
 
 def test_images_that_cannot_be(configure) -> None:
     for override, cause in (
-        ("unets.base.images=-1", "images must not be negative, got -1"),
-        ("unets.base.image_only=0.5", "image_only 0.5 needs images, which is 0"),
-        ("unets.base.image_only=2", r"image_only must be in \[0, 1\], not 2"),
+        ("unets.base.num_images=-1", "images must not be negative, got -1"),
+        ("unets.base.image_only_prob=0.5", "image_only 0.5 needs images, which is 0"),
+        ("unets.base.image_only_prob=2", r"image_only must be in \[0, 1\], not 2"),
     ):
         with pytest.raises(ConfigError, match=cause):
             train_decoder.main(configure(override))
@@ -461,11 +380,11 @@ def test_texts_to_sample(tmp_path) -> None:
 
 
 def test_times_cover_the_interval_evenly_and_are_keyed() -> None:
-    times = draw_times(3, torch.arange(1000, 2000), "base")
+    times = draw_t(3, torch.arange(1000, 2000), "base")
     counts = torch.histc(times, 50, 0, 1)
     assert counts.min() >= 17 and counts.max() <= 23  # independent draws would give 20 +- 13
-    torch.testing.assert_close(times[500:], draw_times(3, torch.arange(1500, 2000), "base"))
-    assert (draw_times(4, torch.arange(5), "base") - draw_times(3, torch.arange(5), "base")).any()
+    torch.testing.assert_close(times[500:], draw_t(3, torch.arange(1500, 2000), "base"))
+    assert (draw_t(4, torch.arange(5), "base") - draw_t(3, torch.arange(5), "base")).any()
 
 
 def test_condition_dropout_has_the_stated_rates() -> None:

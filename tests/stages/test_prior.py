@@ -7,8 +7,9 @@ from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.models.prior import Prior, PriorConfig, attention_mask
 from dalle2_video.models.video_clip import TextEncoding
 from dalle2_video.models.whitening import Whitening
-from dalle2_video.pipeline.sampling import SampleConfig, sample_embeddings
-from tests.models.test_unet3d import awake
+from dalle2_video.pipeline.sampling import sample_embeddings
+from dalle2_video.pipeline.sampling_config import SampleConfig
+from tests.helpers.networks import awake
 
 CONFIG = PriorConfig(width=32, layers=2, heads=2, noise_draws=3)
 

@@ -27,7 +27,7 @@ from dalle2_video.config import ConfigError, from_config
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import Settings
 from dalle2_video.data.media.tensors import to_float
-from dalle2_video.data.sources.captions import CaptionPolicy, to_line
+from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions, to_line
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.data.store.embeddings import EmbeddingCache
 from dalle2_video.data.store.shard import FORMAT, ShardWriter
@@ -52,7 +52,7 @@ from dalle2_video.training.stage import RunConfig, StepInfo
 from tests.helpers.launching import ROOT
 from tests.helpers.towers import NAME, open_clip_checkpoint
 
-SPLITS = {"train": 0.6, "val": 0.25, "combo": 0.15}
+SPLITS = {"train": 0.6, "val": 0.25, "heldout": 0.15}
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240),
     "black": (10, 10, 10), "yellow": (220, 220, 20), "purple": (160, 20, 200), "grey": (120,) * 3,
@@ -114,7 +114,7 @@ def overrides(data: Path, run: Path, *more: str) -> list[str]:
     return [
         f"data.root={data}", f"run_dir={run}", "data.fps=4", "data.size=16", "data.num_frames=4",
         f"{model}.video.image_size=16", f"{model}.video.num_frames=4",
-        "data.splits={train: 0.6, val: 0.25, combo: 0.15}", f"{model}.embed_dim=16",
+        "data.splits={train: 0.6, val: 0.25, heldout: 0.15}", f"{model}.embed_dim=16",
         f"{model}.video.width=32", f"{model}.video.heads=2", f"{model}.video.spatial_layers=1",
         f"{model}.video.temporal_layers=1", f"{model}.text.width=32", f"{model}.text.layers=1",
         f"{model}.text.heads=2", "clip.train.batch_size=16", "clip.train.clips=32",
@@ -225,10 +225,10 @@ def one_rank(rank: int, world: int, port: int, data: str, out: str) -> None:
     loss = batch_loss(wrapped, clips.collate(mine))
     loss.backward()
     dist.all_reduce(loss.detach())
-    figures = judge(wrapped.eval(), CelebVTextDataset(store, "val", 0, CaptionPolicy(False)))
+    figures = judge(wrapped.eval(), CelebVTextDataset(store, "val", 0, EvaluationCaptions()))
     if rank == 0:
         result = {n: p.grad for n, p in model.named_parameters()}
-        result |= {"loss": loss.detach() / world, "figures": figures.figures()}
+        result |= {"loss": loss.detach() / world, "figures": figures.metrics()}
         torch.save(result, out)
     dist.destroy_process_group()
 
@@ -246,8 +246,8 @@ def test_two_ranks_with_half_a_batch_give_the_gradients_of_one_with_all(data, st
     loss = batch_loss(model, clips.collate([clips.pointer(i) for i in range(12)]))
     loss.backward()
     assert two.pop("loss").item() == pytest.approx(loss.item(), rel=1e-5)
-    val_set = CelebVTextDataset(store, "val", 0, CaptionPolicy(False))
-    assert two.pop("figures") == pytest.approx(judge(model.eval(), val_set).figures())
+    val_set = CelebVTextDataset(store, "val", 0, EvaluationCaptions())
+    assert two.pop("figures") == pytest.approx(judge(model.eval(), val_set).metrics())
     for name, parameter in model.named_parameters():
         size = parameter.grad.abs().max()
         assert size > 0, name

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
+from dalle2_video.config import config_class
 
 # The six kinds of text of CelebV-Text (PAPERS.md section 8), by the names used here and on disk.
 CATEGORIES = (
@@ -239,23 +240,20 @@ def _open_end(line: Line) -> tuple[str, tuple[int, ...]]:
 # ---------------------------------------------------------------- which lines a clip meets
 
 
-@dataclass(frozen=True)
+@config_class
 class CaptionPolicy:
-    """Which of a clip's lines make its set.
+    """Which of a clip's lines make its set in training: a new draw at every meeting, keyed by
+    (seed, sample_id).
 
-    drop=False is evaluation: every category, one line each, keyed by the clip's key. drop=True is
-    training: a new draw at every meeting, keyed by (seed, sample_id). With probability
-    `all_probability` every category stays, otherwise a random 1 to all of them, each number
-    equally likely; so a single line is familiar. Each kept category gives one line. With
+    With probability `all_probability` every category stays, otherwise a random 1 to all of them,
+    each number equally likely; so a single line is familiar. Each kept category gives one line. With
     `join_probability` the lines are joined into one or a few longer ones (random cuts), so a free
     sentence that says several things is familiar.
     order: of the lines that are joined, "random" or "fixed", which is that of CATEGORIES (lines by
     themselves are a set: their order has no meaning). presence: category -> probability that it
-    takes part at all, 1 where it is not named; a clip keeps one category at least. Evaluation uses
-    neither.
+    takes part at all, 1 where it is not named; a clip keeps one category at least.
     """
 
-    drop: bool = True
     all_probability: float = 0.2
     join_probability: float = 0.5
     order: Literal["random", "fixed"] = "random"
@@ -275,12 +273,7 @@ class CaptionPolicy:
         self, lines: Mapping[str, Sequence[Line]], seed: int, sample_id: int, key: str
     ) -> list[Line]:
         """The set of lines for one meeting of a clip; `lines` by category, at least one line."""
-        kept = [category for category in CATEGORIES if lines.get(category)]
-        if not kept:
-            raise CaptionError(f"clip {key} has no line")
-        if not self.drop:
-            draw = random.Random(keyed.key(seed, key, "caption"))
-            return [draw.choice(lines[category]) for category in kept]
+        kept = _categories(lines, key)
         draw = random.Random(keyed.key(seed, sample_id, "caption"))
         if self.presence is not None:
             present = [c for c in kept if draw.random() < self.presence.get(c, 1.0)]
@@ -300,3 +293,23 @@ class CaptionPolicy:
                 groups.append([])
             groups[-1].append(line)
         return [line for group in groups for line in join_lines(group)]
+
+
+@dataclass(frozen=True)
+class EvaluationCaptions:
+    """The set of lines in evaluation: one of every category, keyed by (seed, key of the clip)."""
+
+    def choose(
+        self, lines: Mapping[str, Sequence[Line]], seed: int, sample_id: int, key: str
+    ) -> list[Line]:
+        """The same set at every meeting; `lines` by category, at least one line."""
+        draw = random.Random(keyed.key(seed, key, "caption"))
+        return [draw.choice(lines[category]) for category in _categories(lines, key)]
+
+
+def _categories(lines: Mapping[str, Sequence[Line]], key: str) -> list[str]:
+    """The categories that have a line, in the order of CATEGORIES; CaptionError for none."""
+    kept = [category for category in CATEGORIES if lines.get(category)]
+    if not kept:
+        raise CaptionError(f"clip {key} has no line")
+    return kept

@@ -1,0 +1,33 @@
+"""One small run that every test may read, trained once. Tests that train copy what they need."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+import preprocess
+from dalle2_video.cli import compose
+from tests.helpers.runs import SMALL, STAGES, train
+
+
+@pytest.fixture(scope="session")
+def configure(tmp_path_factory) -> Callable[..., DictConfig]:
+    """overrides -> config of a small run; data and runs live in one temporary folder."""
+    folder = tmp_path_factory.mktemp("pipeline")
+
+    def compose_config(*overrides: str, run: str = "run"):
+        places = [f"faces.root={folder}/data", f"run_dir={folder}/{run}"]
+        return compose(*SMALL, *places, *overrides)
+
+    return compose_config
+
+
+@pytest.fixture(scope="session")
+def run_dir(configure) -> Path:
+    """All stages trained for four steps by the entry scripts."""
+    cfg = configure()
+    preprocess.main(cfg)
+    for stage in STAGES:
+        train(stage, cfg)
+    return Path(cfg.run_dir)

@@ -1,0 +1,120 @@
+"""From the command line to a script: texts, old names, several jobs, SLURM."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+from dalle2_video.cli import check_names, compose, quote_texts, sweep_folder
+from tests.helpers.launching import ENVIRONMENT, ROOT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a woman with long blond hair turns left and starts to smile, warm light from the right",
+        "it's \"fine\", isn't it? (yes!) {no} [x]; 5 % = a",
+        "two lines,\nof one text",
+        "'Hello', she says",
+        '"yes" and "no"',
+        "back\\slash \\",
+        "costs ${seed} dollars",
+    ],
+)
+def test_a_text_arrives_as_it_was_typed(text) -> None:
+    assert compose(*quote_texts([f"text={text}"])).text == text
+
+
+def test_what_is_quoted_or_a_list_stays() -> None:
+    typed = ["text='a, b'", "text=[a man nods,warm light]", "text=null", "file=x.txt", "seed=1"]
+    assert quote_texts(typed) == typed
+    assert list(compose(typed[1]).text) == ["a man nods", "warm light"]
+
+
+def test_sample_without_a_text_takes_an_example(monkeypatch, tmp_path) -> None:
+    def read(text, file, num_samples):
+        assert "blond hair" in text and file is None and num_samples == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "read_texts", read)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(compose(f"run_dir={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "now"),
+    [
+        ("size=celebvtext", "experiment=celebvtext"),
+        ("preset=small", "unets/base=small"),
+        ("preset=base", "unets/base=large"),
+        ("number=2", "num_samples=2"),
+        ("keep_stages=true", "save_intermediates=true"),
+        ("evaluate.split=combo", "evaluate.split=heldout"),
+        ("validation=combo", "validation=heldout"),
+        ("data.splits={train: 0.9, combo: 0.1}", "data.splits={train: 0.9, heldout: 0.1}"),
+        ("data.faces.clips=8", "faces.clips=8"),
+        ("sample.stages.tsr.steps=4", "sample.unets.tsr.steps=4"),
+        ("sample.stages.ssr.window=16", "sample.unets.ssr.tile=16"),
+        ("unets.base.images=8", "unets.base.num_images=8"),
+        ("unets.base.image_only=0.5", "unets.base.image_only_prob=0.5"),
+        ("unets.tsr.drop.all=0.1", "unets.tsr.cond_dropout.all=0.1"),
+        ("unets.tsr.window=8", "unets.tsr.crop_frames=8"),
+        ("unets.ssr.model.low_size=64", "unets.ssr.model.lowres_size=64"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(typed, now, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        check_names(["train_name=x", typed])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{typed}: is now {now}\n"
+    assert check_names(["train_name=x", "use_wandb=true"]) == ["train_name=x", "use_wandb=true"]
+    if not now.startswith("data.splits"):
+        compose(now)  # and Hydra takes it
+
+
+def test_a_job_of_a_sweep_has_a_folder_of_its_own_and_finds_what_the_run_has(tmp_path) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "model.safetensors").write_text("x")
+    folder = Path(sweep_folder(str(tmp_path), "unets.base.train.lr=1e-3,data.name=a/b"))
+    assert folder == tmp_path / "unets.base.train.lr=1e-3,data.name=a_b"
+    assert (folder / "clip" / "model.safetensors").read_text() == "x"
+    assert not (folder / "prior").exists()
+    assert sweep_folder(str(tmp_path), "unets.base.train.lr=1e-3,data.name=a/b") == str(folder)
+
+
+def test_several_jobs_of_one_command_each_run_in_their_folder(tmp_path) -> None:
+    """The real multirun, as far as the check of the store: no job is refused by the first one's."""
+    (tmp_path / "x").mkdir()
+    command = [sys.executable, "-c", SWEEP, "-m", f"run_dir={tmp_path}", "train_name=x"]
+    command += ["clip.train.lr=1e-3,2e-3", "seed=1"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folders = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
+    names = ["clip.train.lr=0.001,seed=1 0.001", "clip.train.lr=0.002,seed=1 0.002"]
+    assert folders == [f"{tmp_path}/{name}" for name in names]
+
+
+SWEEP = """
+from dalle2_video.cli import script
+@script
+def main(cfg):
+    print(cfg.run_dir, cfg.clip.train.lr)
+main()
+"""
+
+
+def test_slurm_has_a_launcher() -> None:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    overrides = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "clip.train.lr=1e-3"]
+    compose()  # the defaults are registered
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        cfg = hydra_compose("config", overrides, return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.partition == "gpu"
+    # it signals the job in time to save, and the same job goes on
+    assert launcher.signal_delay_s >= 120 and launcher.max_num_timeout > 0
+    assert launcher.tasks_per_node == 1 and launcher.gpus_per_node >= 1
