@@ -32,7 +32,7 @@ SETTINGS = [
     "data.fps=4",
     "data.num_frames=8",
     "data.size=32",
-    "data.splits={train: 0.6, val: 0.2, combo: 0.2}",
+    "data.splits={train: 0.6, val: 0.2, heldout: 0.2}",
     "clip.train.clips=512",
     "clip.train.save_every_clips=512",
     "sample.steps=2",
@@ -116,7 +116,7 @@ def main() -> None:
         moments: list[str] = []
         while len(moments) < a.kills:
             at = kill_once(command, killed, dice, in_save=len(moments) % 2 == 1)
-            if at == "ended":  # begin anew with the same data
+            if at == "ended":  # begin again with the same data
                 assert losses(killed) == losses(calm)
                 shutil.rmtree(killed / "base")
                 continue

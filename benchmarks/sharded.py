@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dalle2_video.cli import compose
 from dalle2_video.config import from_config
 from dalle2_video.data.atomic import write_json
-from dalle2_video.models.unet3d import Condition, Unet3D
+from dalle2_video.models.conditioning import Condition
+from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.provenance import provenance
-from dalle2_video.stages.unet import UnetSection
+from dalle2_video.stages.unet_section import UnetSection
 from dalle2_video.training import loop
 from dalle2_video.training.memory import fixed_parts
 from dalle2_video.training.optimizer_update import OptimizerUpdate
@@ -99,8 +100,7 @@ def held(trainer: Any) -> dict[str, int]:
 def rank(folder: Path) -> None:
     """One process of a launch: two optimizer steps; writes what it held in the second."""
     torch.set_num_threads(1)
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", ["size=celebvtext", "preset=small"])
+    cfg = compose("experiment=celebvtext", "unets/base=small")
     section = from_config(UnetSection, cfg.unets.base, "unets.base")
     torch.manual_seed(0)
     train_config = dataclasses.replace(
@@ -162,8 +162,7 @@ def main() -> None:
         metrics[f"{strategy}_over_even_share"] = max(totals) / (sum(totals) / 2)
         one = [sum(part[k] for k in ("weights", "gradients", "optimizer", "EMA")) for part in ranks]
         metrics[f"{strategy}_of_one_process"] = max(one) / (4 * parameters * 5)
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            train = compose("config", ["size=celebvtext"]).unets.base.train
+        train = compose("experiment=celebvtext").unets.base.train
         table = sum(fixed_parts(parameters, 0, strategy, 2, train).values())
         metrics[f"{strategy}_over_the_table"] = max(totals) / table
     write_json(a.out, metrics | provenance())

@@ -146,7 +146,7 @@ class _Trainer:
         if self.run.resolved is not None:
             with whole(self.folder / "config.yaml") as partial:
                 partial.write_text(self.run.resolved, encoding="utf-8")
-        settings = without(asdict(self.run), "resolved")
+        settings = without(asdict(self.run), "resolved", "defaults")
         config = {"stage": self.stage.config, "train": asdict(self.cfg), "run": settings}
         tracker = make_tracker(self.run, self.stage.name, config | provenance())
         log = RunLog(self.folder, self.stage.name, tracker, self.progress.clips)

@@ -1,7 +1,7 @@
 """Ending a run early without losing work: signals that ask for it, and the file that marks it.
 
 SIGTERM (a scheduler, or `kill`), SIGUSR1 (SLURM's --signal) and SIGHUP (a closed terminal, unless
-`nohup` has it ignored) are noted; the loop looks for them at each optimizer step, then saves and ends.
+`nohup` has it ignored) are noted; the loop looks after each optimizer step, then saves and ends.
 `accelerate launch` passes on the signals that configs/launch.env lists.
 """
 

@@ -57,7 +57,7 @@ class Stage:
 
     name: folder and W&B name ("clip", "prior", "base"). kind in the model file: `kind` or the name.
     objective(model, batch, step) -> Loss calls the (perhaps wrapped) model as often on every rank.
-    validate(model, accelerator) -> {name: figure}; None: the mean objective over `val_set`.
+    validate(model, accelerator) -> {name: metric}; None: the mean objective over `val_set`.
     samples(model, accelerator) -> list of Sample, or None. Both run on every rank, in eval mode,
     without gradient, under EMA weights where the stage has them.
     config: what rebuilds the network (JSON values). meta: strings for the model file's header.
@@ -135,9 +135,9 @@ class RunConfig:
 
     dir: runs/<train_name>/<stage>. wandb_mode: online | offline, None = WANDB_MODE or online.
     resolved: the whole configuration as YAML, written to <dir>/config.yaml when the run begins.
-    section: of it, the stage's own ("unets.base"). defaults: of its keys and the data's, dotted: what
-    a run stands for whose configuration does not have the key yet. force: go on where it differs from that file.
-    timeout_minutes: how long a rank waits for the others before the run ends.
+    section: of it, the stage's own ("unets.base"). defaults: by dotted key, what a run whose
+    config.yaml is older than a key was trained with. force: go on where the configuration differs
+    from that file. timeout_minutes: how long a rank waits for the others before the run ends.
     """
 
     dir: str
