@@ -15,8 +15,10 @@ from PIL import Image
 
 from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
+from dalle2_video.data.sources.captions import END, START, Line, to_line
 from dalle2_video.data.store.shard import StoreError, shard_paths
 from dalle2_video.data.store.store import ClipStore
+from dalle2_video.data.store.texts import write_texts
 from tests.helpers.launching import ROOT
 from tests.helpers.media import clip_id, write_zip
 from tests.helpers.stores import clips, config
@@ -61,6 +63,37 @@ def test_texts_of_another_shard_are_named(root: Path) -> None:
     shard_paths(root, "a")[1].write_bytes(shard_paths(root, "b")[1].read_bytes())
     report = check_store(config(root))
     assert any(f"a: clip {clip_id(3)} cannot be read" in problem for problem in report.problems)
+
+
+def test_tokens_and_texts_that_cannot_be_are_named(root: Path) -> None:
+    good = to_line("he smiles")
+    bad = {
+        "no end": good.tokens[:-1],
+        "no start": good.tokens[1:],
+        "an end inside": (START, 5, END, 5, END),
+        "nothing": (START, END),
+        "too long": (START, *[5] * 76, END),
+    }
+    lines = [Line(text, tokens) for text, tokens in bad.items()]
+    write_texts(shard_paths(root, "a")[1], [{"emotion": [good, *lines]}, {}, {"emotion": [good]}])
+    assert check_store(config(root)).problems == [
+        *(f"a: clip {clip_id(1)}: emotion: no tokens of a line: {text!r}" for text in bad),
+        f"a: clip {clip_id(2)}: it has no text",
+    ]
+
+
+@pytest.mark.parametrize("stamps", [[0, 0.2, 0.1, 0.6, 0.8, 1.0], [0, 0.2, 0.4, 0.6, 0.8, np.inf]])
+def test_time_stamps_that_cannot_be_are_named(root: Path, stamps: list[float]) -> None:
+    with h5py.File(shard_paths(root, "a")[0], "r+") as file:
+        file["times"][1] = stamps
+    (problem,) = check_store(config(root)).problems
+    assert problem.startswith(f"a: clip {clip_id(2)}: its time stamps do not rise: [0.0, 0.2")
+
+
+def test_a_clip_in_no_split_is_found(root: Path, monkeypatch) -> None:
+    split = ClipStore.split
+    monkeypatch.setattr(ClipStore, "split", lambda s, name: split(s, name)[1:])
+    assert any(problem.endswith("of 5 clips") for problem in check_store(config(root)).problems)
 
 
 def test_a_leak_between_splits_is_found(root: Path, monkeypatch) -> None:

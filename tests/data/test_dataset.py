@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -27,7 +31,7 @@ from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError, w
 from dalle2_video.data.store.shard import ShardWriter, StoreError
 from dalle2_video.data.store.splits import split_of, youtube_id
 from dalle2_video.data.store.store import ClipStore, Place
-from tests.helpers.media import clip_id, clip_value, write_store
+from tests.helpers.media import clip_id, clip_value, grey_steps, write_store
 
 SPLITS = {"train": 0.7, "val": 0.3}
 CLIPS = [clip_id(person, n) for person in range(25) for n in range(2)]
@@ -77,6 +81,14 @@ def test_the_order_is_random_access() -> None:
         ClipOrder(0, 0)
 
 
+def test_the_order_never_changes() -> None:
+    """A run that was stopped under older code goes on with the clips that it has not yet met."""
+    assert ClipOrder(10, seed=3).permutation(0).tolist() == [6, 7, 0, 1, 3, 8, 4, 5, 2, 9]
+    shards = np.arange(20) % 18
+    order = ClipOrder(20, seed=3, shards=shards).permutation(1).tolist()
+    assert order == [19, 14, 17, 5, 10, 0, 16, 3, 12, 1, 15, 4, 9, 2, 13, 7, 18, 6, 8, 11]
+
+
 def test_places_are_equally_likely() -> None:
     first = Counter(ClipOrder(5, seed)(0) for seed in range(1000))
     assert all(count == pytest.approx(200, abs=50) for count in first.values())
@@ -124,12 +136,14 @@ def test_a_batch_holds_what_its_keys_say(store: ClipStore) -> None:
     assert batch.embeddings is None
 
 
-def test_a_batch_moves_whole_and_keeps_its_counters_on_the_cpu(store: ClipStore) -> None:
-    data = dataset(store)
+def test_a_batch_moves_whole_and_keeps_its_sample_ids_on_the_cpu(store: ClipStore) -> None:
+    data = dataset(store, num_images=1)
     moved = data.collate([data.pointer(0), data.pointer(1)]).to("meta")
     assert moved.frames is not None and moved.frames.device.type == "meta"
     assert moved.tokens.device.type == moved.line_index.device.type == "meta"
     assert moved.sample_ids.device.type == "cpu"
+    assert moved.images is not None and moved.images.frames is not None
+    assert moved.images.frames.device.type == moved.images.tokens.device.type == "meta"
 
 
 def test_captions_change_from_meeting_to_meeting_but_not_between_runs(store: ClipStore) -> None:
@@ -292,6 +306,18 @@ def test_evaluation_visits_every_clip_once_in_index_order(store: ClipStore, work
     assert shared == sorted(data.keys())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_worker_outlives_the_signals_of_a_scheduler(store: ClipStore, number: int) -> None:
+    """They reach every process of a job, and the first one still saves: it needs its batches."""
+    before = set(multiprocessing.active_children())
+    batches = train_loader(dataset(store, load_frames=False), 4, workers=1)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, number)
+    time.sleep(0.1)
+    assert [next(batches).sample_ids[0].item() for _ in range(4)] == [4, 8, 12, 16]
+
+
 def test_evaluation_captions_do_not_depend_on_the_batch(store: ClipStore) -> None:
     data = dataset(store, "val", drop=False)
     for size in (1, 3, 50):
@@ -327,6 +353,21 @@ def test_images_come_with_their_own_captions_in_an_order_of_their_own(store: Cli
     assert sorted(epoch) == list(range(len(data)))
     assert epoch != [data.pointer(c).index for c in range(len(data))]
     assert next(eval_loader(data, 4)).images is None
+
+
+def test_images_are_drawn_of_all_frames_with_captions_of_their_own_draw(tmp_path: Path) -> None:
+    """One clip of four frames: each frame is met, and the lines are not those of the clip."""
+    settings = Settings(8.0, 4, 8)
+    write_store(tmp_path, {"a": [clip_id(1)]}, settings)
+    with ShardWriter(tmp_path, "a", settings, 1) as writer:
+        writer.append(grey_steps(4, 8, 8, step=10), np.arange(4) / 8)
+    data = dataset(ClipStore.open(tmp_path, {"train": 1.0}), num_images=1)
+    batch = next(train_loader(data, 60))
+    assert batch.images is not None and batch.images.frames is not None
+    values = Counter(batch.images.frames[:, 0, 0, 0, 0].tolist())
+    assert set(values) == {0, 10, 20, 30} and min(values.values()) > 5
+    same = [a == b for a, b in zip(batch.captions, batch.images.captions, strict=True)]
+    assert 5 < sum(same) < 55
 
 
 def test_images_do_not_depend_on_ranks_and_workers(store: ClipStore) -> None:

@@ -81,6 +81,12 @@ def test_a_truncated_or_foreign_file_is_an_error(tmp_path, path):
         EmbeddingCache.load(foreign, HASH)
 
 
+def test_a_norm_may_differ_by_what_rounding_does(tmp_path, vectors):
+    write_embeddings(tmp_path / "e.safetensors", KEYS, vectors * 1.0005, HASH)
+    with pytest.raises(EmbeddingError, match=r"has norm 1\.005 instead of 1"):
+        write_embeddings(tmp_path / "e.safetensors", KEYS, vectors * 1.005, HASH)
+
+
 def test_a_failed_write_leaves_the_old_cache(path, vectors):
     before = path.read_bytes()
     with pytest.raises(EmbeddingError, match=f"clip {KEYS[0]} occurs more than once"):

@@ -30,6 +30,22 @@ def die(_: int) -> None:
     os._exit(7)
 
 
+def die_if_odd(number: int) -> int:
+    if number % 2:
+        os._exit(7)
+    return number
+
+
+def sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def interrupted(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return number
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_come_in_order_errors_at_their_place_and_none_stays_none(workers: int) -> None:
     tasks = [(f"t{k}", None if k == 4 else (k,)) for k in range(20)]
@@ -67,6 +83,49 @@ def test_only_a_few_tasks_are_taken_ahead() -> None:
     with WorkerPool(work, 2, ["tests.data.test_pool"]) as pool:
         for tag, _ in pool.map(tasks()):
             assert len(taken) - tag <= 9
+
+
+def test_losses_with_results_in_between_do_not_end_the_run(monkeypatch) -> None:
+    monkeypatch.setattr("dalle2_video.data.preprocess.pool.LOST_IN_A_ROW", 2)
+    with WorkerPool(die_if_odd, 1, ["tests.data.test_pool"]) as pool:
+        for k, future in pool.map((k, (k,)) for k in range(7)):
+            if k % 2:
+                with pytest.raises(WorkerLost, match="died 2 times"):
+                    future.result()
+            else:
+                assert future.result() == k
+
+
+def test_the_time_limit_is_that_of_one_call() -> None:
+    """Not of the calls before it that wait in the same worker, nor of a caller who takes long."""
+    with WorkerPool(sleep, 1, ["tests.data.test_pool"], seconds=0.6) as pool:
+        tasks = (
+            [(k, (0.25,)) for k in range(4)] + [(4, (5.0,))] + [(k, (0.0,)) for k in range(5, 9)]
+        )
+        for k, future in pool.map(iter(tasks)):
+            if k == 4:
+                with pytest.raises(WorkerLost, match=r"it took longer than 0\.6 s"):
+                    future.result()
+            else:
+                assert future.result() == (0.25 if k < 4 else 0.0)
+            if k > 4:
+                time.sleep(0.8)
+
+
+def test_the_start_of_a_worker_does_not_count(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text(
+        "import time\ntime.sleep(1)\ndef work(number): return number\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import slow_to_import  # type: ignore[import-not-found]
+
+    with WorkerPool(slow_to_import.work, 1, [], seconds=0.4) as pool:
+        assert [future.result() for _, future in pool.map((k, (k,)) for k in range(3))] == [0, 1, 2]
+
+
+def test_an_interrupt_from_the_terminal_is_left_to_the_parent() -> None:
+    with WorkerPool(interrupted, 1, ["tests.data.test_pool"]) as pool:
+        assert [future.result() for _, future in pool.map([(0, (5,)), (1, (6,))])] == [5, 6]
 
 
 def test_workers_that_all_die_end_the_run() -> None:

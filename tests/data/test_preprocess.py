@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.run import _make_clip, preprocess
 from dalle2_video.data.sources.archives import ArchiveError
 from dalle2_video.data.sources.captions import CATEGORIES, encode
-from dalle2_video.data.store.shard import StoreError, shard_paths
+from dalle2_video.data.store.shard import StoreError, read_index, shard_paths
 from dalle2_video.data.store.store import open_store
 from tests.helpers.launching import ROOT
 from tests.helpers.media import captions, clip_id, grey_steps, index_first, write_video, write_zip
@@ -60,6 +61,14 @@ def test_frames_times_texts_and_tokens_arrive(tmp_path: Path, workers: int) -> N
             "He nods, then talks.",
         ]
         assert lines["light_dir"][0].tokens[1:-1] == encode("Light from the left.")
+    index = read_index(shard_paths(out, "sp_0002")[2])
+    assert [(c["clip"], c["row"], c["seconds"]) for c in index["clips"]] == [
+        (clip_id(4), 0, [0.0, 1.0]),
+        (clip_id(5), 1, [0.0, 1.0]),
+    ]
+    sizes = sum(path.stat().st_size for name in ("videos", "texts", "index")
+                for path in (out / name).iterdir())  # fmt: skip
+    assert summary.gigabytes == sizes / 1e9
     assert sorted(tree(out)) == [
         ".preprocess.lock",
         "index/sp_0001.json",
@@ -359,7 +368,7 @@ def _hang_at_one(clip: str, *arguments: object) -> object:
     ("worker", "cause"),
     [
         (_die_at_one, "its worker died 2 times (SIGKILL)"),
-        (_hang_at_one, "it took longer than 3 s"),
+        (_hang_at_one, "it took longer than 6 s"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_costs_its_own_clip_only(
@@ -367,7 +376,7 @@ def test_a_worker_that_dies_or_hangs_costs_its_own_clip_only(
 ) -> None:
     write_zip(tmp_path / "a.zip", clips(*range(1, 6)))
     monkeypatch.setattr("dalle2_video.data.preprocess.run._make_clip", worker)
-    made = config(tmp_path, workers=2, seconds_per_clip=3.0)
+    made = config(tmp_path, workers=2, seconds_per_clip=6.0)
     assert preprocess(made).clips == 4
     assert open_store(made).clip_ids == [clip_id(person) for person in (1, 3, 4, 5)]
     assert skipped(tmp_path) == {f"videos/celebvtext_6/{clip_id(2)}.mp4": cause}
@@ -391,6 +400,21 @@ def test_a_stop_while_a_shard_is_made_again_leaves_no_shard(tmp_path: Path, monk
     assert open_store(config(tmp_path)).clip_ids == [clip_id(2)]
 
 
+def test_overwrite_takes_nothing_over_from_a_stopped_run(tmp_path: Path, monkeypatch) -> None:
+    write_zip(tmp_path / "a.zip", clips(1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr("dalle2_video.data.preprocess.run.write_texts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preprocess(config(tmp_path))
+    decoded = []
+    monkeypatch.setattr(
+        "dalle2_video.data.preprocess.run.decode_clip",
+        lambda *a: decoded.append(a) or decode_clip(*a),
+    )
+    preprocess(config(tmp_path, overwrite=True))
+    assert len(decoded) == 2
+
+
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     import fcntl
 
@@ -400,6 +424,21 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="another preprocess"):
             preprocess(config(tmp_path))
     assert preprocess(config(tmp_path)).clips == 1
+
+
+def test_parts_may_run_at_once_but_each_only_once(tmp_path: Path) -> None:
+    import fcntl
+
+    write_zip(tmp_path / "a.zip", clips(1))
+    write_zip(tmp_path / "b.zip", clips(2))
+    locks = (".preprocess.lock", fcntl.LOCK_SH), (".preprocess.1of2.lock", fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        for name, kind in locks:  # those of part 1
+            fcntl.flock(stack.enter_context(open(tmp_path / name, "w")), kind)
+        assert preprocess(config(tmp_path), part=2, parts=2).made == 1
+        for part, parts in ((1, 2), (1, 1)):
+            with pytest.raises(StoreError, match="another preprocess is writing"):
+                preprocess(config(tmp_path), part=part, parts=parts)
 
 
 # ---------------------------------------------------------------- in parts, and a full disk

@@ -19,7 +19,7 @@ from dalle2_video.data.config import Settings
 from dalle2_video.data.sources.captions import encode, to_line
 from dalle2_video.data.store.shard import ShardWriter, StoreError, shard_paths
 from dalle2_video.data.store.splits import split_of, youtube_id
-from dalle2_video.data.store.store import ClipStore
+from dalle2_video.data.store.store import ClipStore, Place
 from dalle2_video.data.store.texts import ShardTexts, write_texts
 from tests.helpers.media import clip_id, clip_value, write_store
 
@@ -110,6 +110,15 @@ def test_clips_are_found_in_a_fixed_order_and_read_as_written(root: Path) -> Non
     assert store.frames([]).shape == (0, 4, 16, 16, 3)
 
 
+def test_shards_are_numbered_by_name(tmp_path: Path) -> None:
+    """In every process: the order of training is drawn over these numbers."""
+    names = [f"s{k}" for k in range(20)]
+    places = [Place(clip_id(k), name, 0, 0, 0) for k, name in enumerate(names)]
+    store = ClipStore(tmp_path, SETTINGS, places, SPLITS, 0)
+    assert store.shards == sorted(names)
+    assert [store.shards[n] for n in store.shard_numbers(range(20))] == names
+
+
 def test_a_clip_is_stored_as_uint8_in_one_piece(root: Path) -> None:
     """Mistake 9 of PAPERS.md section 10: float32 clips at full size took 90 MB each."""
     path = shard_paths(root, "a_archive")[0]
@@ -147,9 +156,12 @@ def test_children_use_their_own_handles(root: Path, method: str) -> None:
     assert (store.frames([5])[0] == clip_value(store.clip_ids[5])).all()
 
 
-def test_a_pickled_store_holds_no_handle(root: Path) -> None:
+def test_a_pickled_store_holds_no_handle_and_no_texts(root: Path) -> None:
     store = ClipStore.open(root, SPLITS)
+    size = len(pickle.dumps(store))
     store.frames([0])
+    store.lines(0)
+    assert len(pickle.dumps(store)) == size
     again = pickle.loads(pickle.dumps(store))
     assert not again._handles and np.array_equal(again.frames([7]), store.frames([7]))
 
@@ -200,6 +212,13 @@ def test_a_shard_with_fewer_rows_than_its_index_is_named(root: Path) -> None:
         ClipStore.open(root, SPLITS)
 
 
+def test_texts_of_another_format_are_named(root: Path) -> None:
+    path = shard_paths(root, "a_archive")[1]
+    torch.save({**torch.load(path, weights_only=True), "format": 1}, path)
+    with pytest.raises(StoreError, match=r"a_archive\.pt is damaged \(format 1, this code reads 2"):
+        ClipStore.open(root, SPLITS).lines(0)
+
+
 def test_damaged_texts_are_named(root: Path) -> None:
     path = shard_paths(root, "a_archive")[1]
     path.write_bytes(path.read_bytes()[:200])
@@ -216,6 +235,11 @@ def test_a_damaged_or_foreign_index_is_named(root: Path) -> None:
     write_json(path, {"format": 99})
     with pytest.raises(StoreError, match="format 99"):
         ClipStore.open(root, SPLITS)
+
+
+def test_hidden_files_beside_the_index_are_no_shards(root: Path) -> None:
+    (root / "index" / "._a_archive.json").write_bytes(b"what a Mac leaves beside a file")
+    assert len(ClipStore.open(root, SPLITS)) == 80
 
 
 def test_mixed_settings_and_double_clips_are_refused(root: Path, tmp_path: Path) -> None:
