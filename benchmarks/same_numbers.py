@@ -299,7 +299,7 @@ def differing_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
              if key not in named and key not in REMOVED]  # fmt: skip
     for key, (ours, value) in named.items():
         expected = old.get(key, ADDED.get(ours, "nothing"))
-        if (old_name(value) if isinstance(value, str) else value) != expected:
+        if ("combo" if value == "heldout" else value) != expected:
             found.append(f"{ours}: {expected!r} before, {value!r} now")
     return found
 
@@ -354,6 +354,7 @@ def main() -> None:
 def compare(revision: str, work: Path, sizes: list[str]) -> int:
     checkout = work / "checkout"
     if not checkout.exists():
+        subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
         subprocess.run(
             ["git", "worktree", "add", "--detach", str(checkout), revision], cwd=ROOT, check=True
         )

@@ -179,9 +179,9 @@ def test_the_compiled_unet_trains_to_the_same_loss(configure, run_dir) -> None:
 
 def test_images_that_cannot_be(configure) -> None:
     for override, cause in (
-        ("unets.base.num_images=-1", "images must not be negative, got -1"),
-        ("unets.base.image_only_prob=0.5", "image_only 0.5 needs images, which is 0"),
-        ("unets.base.image_only_prob=2", r"image_only must be in \[0, 1\], not 2"),
+        ("unets.base.num_images=-1", "num_images must not be negative, got -1"),
+        ("unets.base.image_only_prob=0.5", "image_only_prob 0.5 needs num_images, which is 0"),
+        ("unets.base.image_only_prob=2", r"image_only_prob must be in \[0, 1\], not 2"),
     ):
         with pytest.raises(ConfigError, match=cause):
             train_decoder.main(configure(override))
