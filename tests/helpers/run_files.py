@@ -36,9 +36,9 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def half_done(source: Path, target: Path) -> Path:
-    """A copy of a run of 4 steps as it was after its second."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    shutil.rmtree(target / "checkpoints/000000000032")
+def half_done(source: Path, target: Path, clips: int = 32) -> Path:
+    """A copy of a run as it was before its end at `clips`, at the checkpoint before."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / f"{clips:012d}")
     (target / "model.safetensors").unlink()
     return target

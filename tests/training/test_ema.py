@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dalle2_video.training.ema import Ema, ema_decay
+from dalle2_video.training.loop import train
 from dalle2_video.training.sharded import WholeParams
+from dalle2_video.training.stage import RunConfig
+from tests.helpers.tiny_stage import tiny_config, tiny_stage
 
 
 def net() -> nn.Sequential:
@@ -53,6 +57,20 @@ def test_average_of_constant_weights_is_the_weights():
     for step in range(20):
         ema.update(step * 8, 8)
     assert torch.equal(ema.average["0.weight"], model[0].weight)
+
+
+def test_a_run_averages_by_the_clips_before_each_step(tmp_path) -> None:
+    """The raw weights of each step, averaged here by the closed form, are the run's EMA."""
+    cfg = tiny_config(save_every_clips=8, keep_checkpoints=4, ema_halflife_clips=24.0)
+    train(tiny_stage(val_set=None), cfg, RunConfig(str(tmp_path)))
+    expected = None
+    for step in range(4):
+        folder = tmp_path / "checkpoints" / f"{8 * (step + 1):012d}"
+        weights = load_file(folder / "model.safetensors")["up.weight"]
+        decay = ema_decay(8 * step, 8, 24.0, cfg.ema_rampup)
+        expected = weights if step == 0 else decay * expected + (1 - decay) * weights
+        average = load_file(folder / "ema.safetensors")["up.weight"]
+        torch.testing.assert_close(average, expected, atol=1e-7, rtol=1e-5)
 
 
 def test_swap_in_and_out_is_exact():

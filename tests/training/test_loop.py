@@ -6,7 +6,7 @@ import torch
 from dalle2_video.training.loop import train
 from dalle2_video.training.stage import RunConfig
 from tests.helpers.run_files import metric, weights
-from tests.helpers.tiny_stage import tiny_config, tiny_stage
+from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
 
 
 def test_loss_does_not_depend_on_the_micro_batch(done, tmp_path) -> None:
@@ -26,6 +26,27 @@ def test_bf16_trains_float32_weights(done, tmp_path) -> None:
     low, full = metric(tmp_path), metric(done)
     assert low != full
     assert low == pytest.approx(full, rel=0.03)
+
+
+def test_draws_are_keyed_by_seed_and_sample_ids(tmp_path) -> None:
+    """What draws from torch's global generator (dropout) does so whatever was drawn before."""
+
+    def draws(name: str, seed: int, before: int) -> dict[int, float]:
+        drawn = {}
+
+        def drawing(model, batch, step):
+            if model.training:
+                drawn[step.first] = float(torch.rand(()))
+            return objective(model, batch, step)
+
+        stage = tiny_stage(objective=drawing, val_set=None)
+        torch.manual_seed(before)
+        train(stage, tiny_config(), RunConfig(str(tmp_path / name), seed=seed))
+        return drawn
+
+    a, b, c = draws("a", 0, 1), draws("b", 0, 2), draws("c", 1, 1)
+    assert a == b and len(set(a.values())) == 4
+    assert all(a[first] != c[first] for first in a)
 
 
 @pytest.mark.gpu

@@ -3,19 +3,49 @@
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dalle2_video.training import loop
+from dalle2_video.training import loop, metrics
 from dalle2_video.training.checkpoint_files import whole_checkpoints
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
-from dalle2_video.training.metrics import AsyncMetrics
+from dalle2_video.training.metrics import AsyncMetrics, MetricsAverager
 from dalle2_video.training.preemption import Interrupted
 from dalle2_video.training.stage import Loss, RunConfig
 from tests.helpers.run_files import metric
 from tests.helpers.tiny_stage import broken, objective, tiny_config, tiny_stage
+
+
+def test_averages_and_speed_by_hand(monkeypatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    averager = MetricsAverager()
+    for loss, lr in ((1.0, 0.1), (3.0, 0.2)):
+        with averager.waiting():
+            clock.now += 1.0
+        clock.now += 4.0  # computing
+        averager.add({"loss": loss, "lr": lr}, 8)
+    averager.add({"lr": 0.3, "seldom": 7.0}, 8)
+    with pytest.raises(KeyError), averager.paused():
+        clock.now += 50.0  # validation and a save
+        raise KeyError
+    found = averager.averages()
+    assert found == {
+        "loss": 2.0, "lr": 0.3, "seldom": 7.0, "clips_per_second": 2.4, "data_wait": 0.2
+    }  # fmt: skip
+
+
+def test_metrics_arrive_in_order_some_steps_behind() -> None:
+    sent = AsyncMetrics(2)
+    arrived = []
+    for step in range(5):
+        sent.send(["step"], torch.tensor([float(step)]))
+        arrived.append([values["step"] for values in sent.arrived(everything=False)])
+    assert arrived == [[], [], [0.0], [1.0], [2.0]]
+    assert [values["step"] for values in sent.arrived(everything=True)] == [3.0, 4.0]
 
 
 def test_metrics_of_a_run(done, tmp_path) -> None:

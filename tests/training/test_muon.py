@@ -98,6 +98,24 @@ def test_layers_follow_muon_and_the_rest_is_adamw() -> None:
         assert moved.square().mean().sqrt().item() == pytest.approx(0.01 * 0.2, rel=0.2), name
 
 
+def test_momentum_is_nesterovs() -> None:
+    """The update looks ahead from the momentum (Jordan et al. 2024): g + M m, both averaged."""
+    net = Net()
+    optimizer = make_optimizer(net, tiny_config(optimizer="muon", lr=0.01, weight_decay=0.0))
+    momentum = torch.zeros_like(net.wide.weight)
+    for seed in range(3):
+        before = net.wide.weight.detach().clone()
+        with_gradients(net, seed)
+        optimizer.step()
+        gradient = net.wide.weight.grad
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+        ahead = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+        expected = -0.01 * 0.2 * 24**0.5 * orthogonalize(ahead[None])[0]
+        torch.testing.assert_close(
+            net.wide.weight - before, expected, atol=1e-6, rtol=1e-4, msg=f"step {seed}"
+        )
+
+
 def test_a_state_is_loaded_into_another_optimizer() -> None:
     cfg = tiny_config(optimizer="muon")
     whole = with_gradients(Net(), 0)

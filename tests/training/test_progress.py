@@ -11,7 +11,7 @@ from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import lr_factor
 from dalle2_video.training.progress import Progress
 from dalle2_video.training.stage import RunConfig
-from tests.helpers.run_files import metric
+from tests.helpers.run_files import half_done, metric
 from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
 
 
@@ -75,3 +75,22 @@ def test_a_timed_run_is_validated_at_its_end_however_long_a_save_takes(
     result = train(tiny_stage(objective=taking(6.0, clock)), cfg, RunConfig(str(tmp_path)))
     assert result.progress.optimizer_steps == 3 and "loss" in result.metrics
     assert list(metric(tmp_path, "val/loss")) == [24]
+
+
+def test_a_timed_run_that_is_killed_after_its_last_save_goes_on_to_its_end(tmp_path, clock) -> None:
+    """A validation crosses the budget, and the save behind it is not the end."""
+
+    def slow(model, accelerator):
+        clock.now += 9.0
+        return {"steps": 1.0}
+
+    cfg = tiny_config(minutes=1 / 3, save_every_clips=16, val_every_clips=16)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        stage = tiny_stage(objective=taking(6.0, clock), validate=slow)
+        result = train(stage, cfg, RunConfig(str(folder)))
+        assert result.progress.optimizer_steps == 3
+        assert list(metric(folder, "val/steps")) == [16, 24]
+        if folder == whole:
+            half_done(whole, killed, 24)
+    assert metric(killed, "loss") == metric(whole, "loss")

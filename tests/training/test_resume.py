@@ -109,8 +109,11 @@ train(tiny_stage(), tiny_config(save_every_clips=8), RunConfig({str(tmp_path)!r}
 def test_finished_run_does_nothing_again(run_folder) -> None:
     before = (run_folder / "metrics.jsonl").read_text()
     model = (run_folder / "model.safetensors").read_bytes()
-    (run_folder / "model.safetensors").unlink()
     stage = tiny_stage(objective=None)  # calling it would fail
+    written = (run_folder / "model.safetensors").stat().st_mtime_ns
+    train(stage, tiny_config(), RunConfig(str(run_folder)))
+    assert (run_folder / "model.safetensors").stat().st_mtime_ns == written
+    (run_folder / "model.safetensors").unlink()
     again = train(stage, tiny_config(), RunConfig(str(run_folder)))
     assert (run_folder / "metrics.jsonl").read_text() == before
     assert (run_folder / "model.safetensors").read_bytes() == model
