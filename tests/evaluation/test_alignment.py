@@ -68,6 +68,11 @@ def test_real_clips_score_high_and_other_clips_do_not(dataset, truth) -> None:
     assert metrics["attribute_accuracy_shuffled"] == pytest.approx(expected)
     assert metrics["attribute_chance_shuffled"] == pytest.approx(expected)
     assert expected < 0.6
+    result = score(load_probe().network.predict(frames), targets_of(truth))
+    assert metrics["attribute_chance"] == result.mean_chance  # not that of the light alone
+    pair, swapped = alignment(load_probe(), frames[:2], truth[:2]), targets_of(truth[1::-1])
+    wrong = score(load_probe().network.predict(frames[:2]), swapped).mean
+    assert pair["attribute_accuracy_shuffled"] == pytest.approx(wrong) and wrong < 1
     # frames of other clips are as bad as captions of other clips
     moved = alignment(load_probe(), frames.roll(7, 0), truth)
     assert moved["attribute_accuracy"] < 0.6 and "ceiling_accuracy" not in moved
@@ -83,7 +88,7 @@ def test_the_lines_and_the_free_text_are_both_sampled(dataset, truth) -> None:
         asked.append(texts)
         if last == "base":
             return {"base": real.roll(1, 0)}
-        return {"base": real[:, ::2], "ssr": real}
+        return {"base": real.roll(5, 0)[:, ::2], "ssr": real}
 
     cascade = SimpleNamespace(sample_all=sample_all)
     attributes = {dataset.key(i).rsplit(":", 1)[0]: clip for i, clip in enumerate(truth)}
@@ -93,7 +98,9 @@ def test_the_lines_and_the_free_text_are_both_sampled(dataset, truth) -> None:
     assert asked == [captions.lines, captions.sentences] and torch.equal(made["ssr"], real)
     assert metrics["samples"] == 12
     assert metrics["attribute_accuracy"] > 0.9 > 0.7 > metrics["free_sentence_accuracy"]
-    assert 0.5 < metrics["accuracy_of_base"] <= 1 and "accuracy_of_ssr" not in metrics
+    read = load_probe().network.predict(real.roll(5, 0)[:, ::2])
+    assert metrics["accuracy_of_base"] == score(read, targets_of(truth[:12])).mean
+    assert "accuracy_of_ssr" not in metrics
 
 
 def test_nearest_clip_is_found_through_shifts_in_time_and_noise() -> None:
@@ -103,6 +110,10 @@ def test_nearest_clip_is_found_through_shifts_in_time_and_noise() -> None:
     noisy = clips[order].int() + torch.randint(-20, 20, clips[order].shape)
     samples = noisy.clamp(0, 255).to(torch.uint8).roll(1, 1)
     assert nearest_clips(samples, clips).tolist() == order.tolist()
+    # nor do all frames at once: the first clip has the frames of the sample, the second their mean
+    pair = torch.stack([clips[0], clips[0]])
+    pair[0, ::2], pair[0, 1::2], pair[1] = 0, 255, 127
+    assert nearest_clips(pair[:1].roll(1, 1), pair).tolist() == [0]
     # one frame like another clip's does not decide
     samples[0, 2] = clips[4, 0]
     assert nearest_clips(samples, clips)[0] == 3

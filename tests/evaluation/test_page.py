@@ -41,6 +41,16 @@ def test_a_caption_without_a_clip_is_an_error(tmp_path: Path) -> None:
         write_page(tmp_path, ["one", "two"], [], PLACE, ("base",))
 
 
+def test_clips_of_an_earlier_larger_evaluation_are_left_out(tmp_path: Path) -> None:
+    for i in range(3):  # larger than 128 px are not made smaller
+        clip = np.full((2, 160, 160, 3), 60 * i + 40, np.uint8)
+        encode_mp4(tmp_path / "clips" / "base" / f"{i:04d}.mp4", clip, 4)
+    write_page(tmp_path, ["one"], [], PLACE, ("base",))
+    assert (tmp_path / "index.html").read_text().count("<video") == 1
+    frames, _ = read_mp4(tmp_path / "samples.mp4")
+    assert frames.shape == (2, 160, 160, 3) and abs(frames.mean() - 40) < 3
+
+
 def test_grid_places_every_clip() -> None:
     clips = np.arange(1, 4, dtype=np.uint8)[:, None, None, None, None] * np.ones(
         (3, 2, 4, 6, 3), np.uint8

@@ -73,3 +73,22 @@ def test_person_man_and_woman_carry_no_meaning():
         for who in WHO:
             counts[who] += who in words(lines)
     assert min(counts.values()) > 0.7 * max(counts.values())
+
+
+def test_every_action_line_places_the_action_in_time():
+    """In words (first, end, or neither for the whole clip), or from when to when in seconds."""
+    spans = {"first": [(0.0, 0.6), (0.0, 0.7)], "end": [(0.3, 0.7), (0.4, 0.6)], "whole": [(0, 1)]}
+    forms = set()
+    for when, times in spans.items():
+        for k, (start, length) in enumerate(times * 20):
+            shown = replace(BASE, action_start=start, action_length=length)
+            *told, span = write_captions(shown, 3.0, f"{when}{k}")["action_dur"]
+            for line in told:
+                said = words([line])
+                assert bool(said & {"first"}) == (when == "first"), line
+                assert bool(said & {"end", "last"}) == (when == "end"), line
+            found = [float(number) for number in re.findall(r"\d+\.\d", span)]
+            begin, end = (round(3 * a, 1) for a in (start, start + length))
+            forms.add("for" in words([span]))
+            assert found == [begin, round(3 * length, 1) if "for" in words([span]) else end], span
+    assert forms == {True, False}

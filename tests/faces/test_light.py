@@ -44,3 +44,6 @@ def test_light_rules_fit_and_agree_with_the_renderer():
     bright = [k for k, c in enumerate(clips) if c.light_intensity == "bright"]
     with pytest.raises(ValueError, match="light_intensity"):
         fit_light_rules(frames[bright], {n: t[bright] for n, t in targets.items()})
+    swapped = targets | {"light_intensity": 1 - targets["light_intensity"]}
+    with pytest.raises(ValueError, match="light_intensity: medians of level out of order"):
+        fit_light_rules(frames, swapped)

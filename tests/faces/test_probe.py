@@ -98,8 +98,16 @@ def test_every_parameter_learns_and_clips_do_not_mix_in_eval():
     alone = probe.predict(frames[2:3])
     assert all(alone[n] == p[2] for n, p in probe.predict(frames, batch_size=3).items())
     probe.train()
-    probe.predict(frames)
+    with torch.no_grad():
+        for head in probe.heads.values():  # clear answers, so that no rounding turns one
+            head.weight.mul_(50)
+    before = {name: value.clone() for name, value in probe.state_dict().items()}
+    read = probe.predict(frames)
     assert probe.training  # left as it was found
+    assert all(torch.equal(value, before[name]) for name, value in probe.state_dict().items())
+    assert all(
+        torch.equal(value, read[name]) for name, value in probe.eval().predict(frames).items()
+    )
 
 
 def test_loss_ignores_undefined_targets():
@@ -156,6 +164,20 @@ def test_augmentation_is_slight_and_keyed():
     again = train_probe.augment(smooth, torch.Generator().manual_seed(1))
     assert torch.equal(changed, again) and changed.shape == smooth.shape
     assert 0 < (changed - smooth).abs().mean() < 0.15 and changed.abs().max() <= 1
+
+
+def test_augmentation_shifts_by_up_to_a_pixel_blurs_and_adds_noise():
+    dot = torch.full((64, 3, 1, 32, 32), -1.0)
+    dot[:, :, :, 16, 16] = 1
+    changed = train_probe.augment(dot, torch.Generator().manual_seed(0))
+    places = changed.mean((1, 2)).flatten(1).argmax(1)
+    shifts = {(int(p) // 32 - 16, int(p) % 32 - 16) for p in places}
+    assert shifts == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    neighbours = changed.mean((1, 2)).flatten(1).topk(9).values[:, 1:].mean(1)
+    assert neighbours.max() > -0.9  # some dots are spread over their neighbours
+    flat = torch.zeros(64, 3, 1, 32, 32)
+    spread = train_probe.augment(flat, torch.Generator().manual_seed(0)).std((2, 3, 4)).mean(1)
+    assert spread.max() > 0.05 and spread.min() < 0.01
 
 
 def test_train_probe_command_writes_probe_and_table(tmp_path, capsys):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from dalle2_video.faces.attributes import ATTRIBUTES
-from dalle2_video.faces.geometry import ellipsoid, rotation
+from dalle2_video.faces.geometry import Light, ellipsoid, rotation
 from dalle2_video.faces.identity import Identity
-from dalle2_video.faces.motion import motion
+from dalle2_video.faces.motion import Motion, motion
 from dalle2_video.faces.render import render
 from tests.helpers.faces import BASE
+
+PERSON = Identity.of(7)
 
 
 def draw(size=32, frames=1, seed=3, **changes) -> np.ndarray:
@@ -124,6 +126,34 @@ def test_actions_show_in_eight_frames(action, start, length):
     assert (strength > 0.6).sum() >= 2
 
 
+def test_a_turn_that_ends_early_comes_back_and_a_late_one_stays():
+    for action, name in (("turn_right", "yaw"), ("tilt", "roll")):
+        timed = replace(BASE, action=action, action_start=0.0, action_length=0.6)
+        curve = getattr(motion(timed, 32, 8.0, 0), name)
+        assert curve.max() > 0.35 and abs(curve[-8:]).max() < 0.1
+        late = replace(timed, action_start=0.4)
+        curve = getattr(motion(late, 32, 8.0, 0), name)
+        assert abs(curve[:12]).max() < 0.1 and curve[-4:].min() > 0.35
+
+
+@pytest.mark.parametrize(("length", "nods"), [(0.3, 1), (0.6, 2), (1.0, 3)])
+def test_a_nod_takes_a_third_of_the_clip(length, nods):
+    pitch = motion(replace(BASE, action_start=0.0, action_length=length), 300, 150.0, 0).pitch
+    down = pitch > 0.25
+    assert down[0] + (down[1:] & ~down[:-1]).sum() == nods
+
+
+def test_lids_close_for_a_fifth_of_a_second_every_two_to_four():
+    fps = 100.0
+    for seed in range(5):
+        blink = motion(BASE, 3000, fps, seed).blink
+        shut = blink > 0.5
+        begins = (shut[1:] & ~shut[:-1]).nonzero()[0] / fps
+        assert shut.sum() / fps / len(begins) == pytest.approx(0.2, abs=0.03)
+        assert 1.9 < np.diff(begins).min() and np.diff(begins).max() < 4.1
+        assert begins[0] < 3.1 and blink.max() == 1
+
+
 def test_smile_and_frown_differ_and_change_in_time():
     mouth = np.s_[:, 34:52, 18:46]
     faces = {e: draw(64, emotion=e)[mouth] for e in ("neutral", "happy", "sad")}
@@ -135,6 +165,50 @@ def test_smile_and_frown_differ_and_change_in_time():
     smile = motion(replace(BASE, emotion="neutral_then_happy", emotion_change=0.5), 8, 4.0, 0).smile
     assert smile[0] == 0 and smile[-1] == 1 and (np.diff(smile) >= 0).all()
     assert np.abs(changing[0] - changing[6])[34:52, 18:46].max() > 80
+
+
+@pytest.fixture
+def posed(monkeypatch):
+    """Draws BASE with changes, still, in a pose (radians) that no clip reaches."""
+
+    def draw_posed(pose: dict[str, float], nose: float = 1.0, **changes) -> np.ndarray:
+        still = {k: np.zeros(1, np.float32) for k in vars(motion(BASE, 1, 4.0, 0))}
+        held = Motion(**(still | {k: np.full(1, v, np.float32) for k, v in pose.items()}))
+        monkeypatch.setattr("dalle2_video.faces.render.motion", lambda *_: held)
+        person = replace(PERSON, nose=nose)
+        monkeypatch.setattr(Identity, "of", classmethod(lambda *_: person))
+        return draw(64, hair_style="bald", hair_color=None, **changes)
+
+    return draw_posed
+
+
+def test_the_nose_is_hidden_behind_a_head_that_looks_away(posed):
+    away, facing = {"yaw": np.pi}, {"yaw": 0.0}
+    assert (posed(facing, 0.85) != posed(facing, 1.15)).any()
+    assert (posed(away, 0.85) == posed(away, 1.15)).all()
+
+
+def test_the_light_stays_where_it_is_when_the_head_lies_on_its_side(posed):
+    for roll in (-np.pi / 2, 0.0, np.pi / 2):
+        x, y = 0.42 * np.sin(roll), 0.42 * (1 - np.cos(roll)) - 0.12  # centre: it leans in the neck
+        column, row = round((x + 1) * 32), round((y + 1) * 32)
+        ratio = {}
+        for side in ("left", "right"):
+            image = posed({"roll": roll}, light_dir=side)[0, row - 8 : row + 8]
+            left, right = image[:, column - 12 : column], image[:, column : column + 12]
+            ratio[side] = left.mean() / right.mean()
+        assert ratio["left"] > 1.4 * ratio["right"], roll  # the features count in both
+
+
+def test_shade_and_gloss_in_closed_form():
+    """Lambert's cosine wrapped by a tenth; Blinn and Phong's half vector, nothing from behind."""
+    light = Light((0.6, 0.0, 0.8), ambient=0.3, key=0.7)
+    for normal, cosine in (((0.6, 0.0, 0.8), 1.0), ((0.0, 1.0, 0.0), 0.0), ((-0.6, 0, -0.8), -1.0)):
+        assert light.shade(normal) == pytest.approx(0.3 + 0.7 * max(0.9 * cosine + 0.1, 0))
+    half = np.array([0.6, 0.0, 1.8]) / np.hypot(0.6, 1.8)
+    assert light.specular(tuple(half), 4) == pytest.approx(1)
+    assert light.specular((0.0, 0.0, 1.0), 4) == pytest.approx(half[2] ** 16)
+    assert light.specular(tuple(-half), 4) == 0
 
 
 def test_a_still_face_under_frontal_light_is_its_own_mirror_image(monkeypatch):

@@ -25,7 +25,7 @@ def write(root: Path, clips: int, per_archive: int, workers: int = 1, **changes)
 
 
 def test_dataset_on_disk(tmp_path):
-    look = {"size": 32, "seconds": 2.0, "seed": 2}
+    look = {"size": 32, "seconds": 1.5, "seed": 2}
     clips = write(tmp_path / "a", 7, 4, **look)
     write(tmp_path / "b", 7, 4, workers=2, **look)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
@@ -36,7 +36,7 @@ def test_dataset_on_disk(tmp_path):
         members = set(archive.namelist())
         for clip in clips[:4]:
             assert f"videos/celebvtext_6/{clip.clip_id}.mp4" in members
-            for folder, lines in write_captions(clip.attributes, 2.0, clip.clip_id).items():
+            for folder, lines in write_captions(clip.attributes, 1.5, clip.clip_id).items():
                 text = archive.read(f"texts/{folder}/{clip.clip_id}.txt").decode()
                 assert text.splitlines() == lines
         assert len(members) == 4 * 7
@@ -47,9 +47,9 @@ def test_dataset_on_disk(tmp_path):
     known = read_attributes(tmp_path / "a" / "attributes.jsonl")
     assert known == {c.clip_id: c.attributes for c in clips}
 
-    drawn = render(clips[0].attributes, clips[0].identity, 32, 16, 8.0, clips[0].seed)
-    found = decode_clip(video, fps=8.0, num_frames=16, size=32)
-    assert np.allclose(found.timestamps, np.arange(16) / 8, atol=1e-3)
+    drawn = render(clips[0].attributes, clips[0].identity, 32, 12, 8.0, clips[0].seed)
+    found = decode_clip(video, fps=8.0, num_frames=12, size=32)
+    assert np.allclose(found.timestamps, np.arange(12) / 8, atol=1e-3)
     assert np.abs(found.frames.astype(int) - drawn).mean() < 5
 
 
@@ -64,6 +64,9 @@ def test_a_stopped_run_continues_and_other_settings_are_refused(tmp_path):
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="other settings"):
         write(tmp_path, 7, 3)
+    with pytest.raises(ValueError, match="other settings"):  # other clips would be in `train`
+        write_dataset(FacesConfig(str(tmp_path), 6, 16, seconds=0.5), split_seed=1, workers=0,
+                      clips_per_archive=3)  # fmt: skip
 
 
 def test_a_folder_that_calls_the_split_combo_is_continued_and_left_as_it_is(tmp_path):
