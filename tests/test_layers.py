@@ -49,10 +49,86 @@ def test_a_breach_is_found() -> None:
     assert "models" not in MAY["data"]
 
 
-def test_entry_scripts_only_wire() -> None:
-    scripts = ["preprocess", "train_clip", "train_prior", "train_decoder", "sample", "evaluate"]
-    for name in scripts:
-        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 80
+SCRIPTS = ["preprocess", "train_clip", "train_prior", "train_decoder", "sample", "evaluate"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_entry_scripts_only_wire(name: str) -> None:
+    """A script is a docstring, imports, constants and `main`: no logic of its own."""
+    *body, last = ast.parse((ROOT / f"{name}.py").read_text()).body
+    defined = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert [node.name for node in defined] == ["main"]
+    assert ast.unparse(defined[0].decorator_list[0]) == "script"
+    assert ast.unparse(last) == "if __name__ == '__main__':\n    main()"
+
+
+def modules() -> dict[str, set[str]]:
+    """Every module of the package -> those that it imports, also for type checking alone."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        targets = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                targets |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+        found[name] = targets & files.keys()
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A chain of modules that leads back to its first one; empty where there is none."""
+    done: set[str] = set()
+
+    def search(name: str, chain: list[str]) -> list[str]:
+        if name in chain:
+            return [*chain[chain.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if found := search(other, [*chain, name]):
+                return found
+        done.add(name)
+        return []
+
+    for name in graph:
+        if found := search(name, []):
+            return found
+    return []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    assert not circle(modules())
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 350, 70
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.name))
+def test_files_and_functions_are_short(path: Path) -> None:
+    source = path.read_text()
+    lines = len(source.splitlines())
+    assert lines <= LONGEST_FILE, f"{path} has {lines} lines: one concept per file"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{path}: {node.name} has {length} lines"
+
+
+def test_no_test_imports_from_another_test() -> None:
+    """What tests share lies in tests/helpers/ and in conftest.py."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                parts = node.module.split(".")
+                assert parts[0] != "tests" or parts[1] == "helpers", f"{path}: {node.module}"
 
 
 # Inside data/, from the bottom up: sources/ and media/ do not know each other.

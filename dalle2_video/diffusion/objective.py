@@ -68,7 +68,7 @@ class DiffusionConfig:
         if self.loss not in get_args(Weight):
             raise ValueError(f"loss '{self.loss}' is none of {', '.join(get_args(Weight))}")
         if self.zero_terminal_snr and "eps" in (self.prediction, self.loss):
-            raise ValueError("zero_terminal_snr: eps says nothing of x0 at t = 1, take v or x0")
+            raise ValueError("zero_terminal_snr: eps does not determine x0 at t = 1, take v or x0")
 
     @property
     def schedule(self) -> Schedule:

@@ -57,8 +57,8 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2); z (B, ...) at steps[0] -> x0.
 
-    Second order: the x0 of the step before says how x0 bends. The first step is first order, and so
-    is the last, which ends at sigma = 0, where the answer is x0 itself.
+    Second order: the x0 of the step before gives the slope of x0. The first step is first order,
+    and so is the last, which ends at sigma = 0, where the answer is x0 itself.
     """
     half = steps / 2  # the paper's lambda = log(alpha / sigma)
     z = z.clone()

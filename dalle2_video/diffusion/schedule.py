@@ -67,8 +67,9 @@ class ZeroTerminalSchedule:
     """Another schedule with alpha shifted and scaled so that t = 1 is pure noise.
 
     alpha <- (alpha - alpha(1)) alpha(0) / (alpha(0) - alpha(1)) (Lin et al. 2023, 2305.08891,
-    section 3.1). The log-SNR ends at -20 (alpha 4.5e-5) in place of minus infinity, so that a
-    network can be told of it and eps stays defined. Needs v or x0: eps says nothing of x0 there.
+    section 3.1). The log-SNR ends at -20 (alpha 4.5e-5) instead of minus infinity, so that
+    it can be a network's input and eps stays defined. Needs v or x0: eps does not determine x0
+    there.
     """
 
     inner: CosineSchedule | LinearSchedule

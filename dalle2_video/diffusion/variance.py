@@ -11,7 +11,7 @@ is above 1 where the data vary more than white noise. docs/learned_variance.md t
 
 In continuous time a process of T steps goes from t to t - 1 / T. Its bound, in bits per dimension,
 is a sum of T terms and the prior's: of each step the KL divergence between the posterior given the
-clip and what the network says, of the last one the likelihood of the clip's 8-bit values. Clips
+clip and the network's, of the last one the likelihood of the clip's 8-bit values. Clips
 (B, ...) are float32 in [-1, 1], times t (B,) in [0, 1], best on the grid of 1 / T to 1 (`on_grid`).
 """
 
@@ -86,7 +86,7 @@ def fraction_of(raw: Tensor) -> Tensor:
 
 
 def split_output(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """What a network says of clips of so many channels (B, C or 2 C, ...): its prediction (B, C,
+    """A network's output for clips of so many channels (B, C or 2 C, ...): its prediction (B, C,
     ...), and the raw fraction (B, C, ...) if it has learned one.
     """
     if out.shape[1] == channels:

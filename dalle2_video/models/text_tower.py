@@ -110,7 +110,7 @@ class TextTower(nn.Module):
 
     It takes over the weights of `source`, so that every weight is used inside the forward of the
     module that owns it, which FSDP and ZeRO-3 need.
-    A frozen tower stays in eval mode whatever `train()` says and builds no graph.
+    A frozen tower stays in eval mode also after `train()`, and builds no graph.
     Raises ValueError where a line is longer than the context or has no EOT.
     """
 

@@ -53,8 +53,8 @@ class UnetConfig:
                 f"attention {self.attention} and cross_attention {self.cross_attention} need one "
                 f"entry per level of mults {self.mults}"
             )
-        if self.image_size % self.step:
-            raise ValueError(f"image_size {self.image_size} is no multiple of {self.step}")
+        if self.image_size % self.size_multiple:
+            raise ValueError(f"image_size {self.image_size} is no multiple of {self.size_multiple}")
         for mult in self.mults:
             if self.dim * mult % self.head_dim:
                 raise ValueError(f"dim {self.dim} x {mult} is no multiple of {self.head_dim}")
@@ -91,7 +91,7 @@ class UnetConfig:
         return self.channels, self.num_frames, self.image_size, self.image_size
 
     @property
-    def step(self) -> int:
+    def size_multiple(self) -> int:
         """What the sides of its clips are multiples of."""
         return self.patch * 2 ** (len(self.mults) - 1)
 
@@ -104,7 +104,7 @@ class UnetConfig:
 
     @property
     def lowres_copies(self) -> int:
-        """How many frames of the smaller clip each frame is given: those before and behind it, or
+        """How many frames of the smaller clip each frame is given: those before and after it, or
         the same one.
         """
         return 0 if self.num_lowres_frames is None else 1 if self.upscale[0] == 1 else 2

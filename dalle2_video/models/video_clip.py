@@ -2,7 +2,7 @@
 
 A clip's text is a SET of lines. Its embedding is the normalised mean of the lines' normalised
 embeddings; its states are the lines' token states one after the other, with no position across
-lines. So the order of the lines does not matter, and nothing that a line says is cut off.
+lines. So the order of the lines does not matter, and no part of a line is cut off.
 
 B clips, L line slots of a clip, U unique lines of the batch, T tokens of a line, N packed tokens
 of a set, D embedding dimension, W width of the text tower; video is (B, 3, F, H, W).

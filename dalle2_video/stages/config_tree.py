@@ -83,7 +83,9 @@ class Settings:
             if name not in self.unets:
                 raise ValueError(f"sample.unets.{name}: unets has only {', '.join(self.unets)}")
             if self.unets[name].model.num_lowres_frames is None:
-                raise ValueError(f"sample.unets.{name}: it makes clips of text, as `sample` says")
+                raise ValueError(
+                    f"sample.unets.{name}: it makes clips of text: set sample.* instead"
+                )
 
 
 def settings_of(cfg: DictConfig) -> Settings:

@@ -90,7 +90,13 @@ class UnetSection:
         if self.num_images and r > 1:
             raise ValueError(f"num_images {self.num_images}: a single frame has no frames between")
         for name, crop, whole, multiple, allowed in (
-            ("crop", self.crop, model.image_size, math.lcm(s, model.step), model.is_local_in_space),
+            (
+                "crop",
+                self.crop,
+                model.image_size,
+                math.lcm(s, model.size_multiple),
+                model.is_local_in_space,
+            ),
             ("crop_frames", self.crop_frames, model.num_frames, r, model.is_local_in_time),
         ):
             if crop is None:

@@ -1,5 +1,6 @@
 """The joints, with the real scripts on small real data: preprocess, CLIP, prior, base, sample."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from dalle2_video.pipeline.cascade import Cascade, read_texts
 from dalle2_video.pipeline.loading import load_clip
 from dalle2_video.pipeline.sampling import sample_embeddings
 from dalle2_video.pipeline.sampling_config import SampleConfig
+from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.frozen_clip import (
     draw_t,
     keep_masks,
@@ -198,9 +200,11 @@ def test_metrics_are_written_by_clips(run_dir) -> None:
 
 
 def test_embeddings_are_those_of_the_frames_that_the_decoder_sees(configure, run_dir) -> None:
-    """PAPERS.md 10, no. 1 and 4: by key, from the same frames, axis order and range."""
+    """By key, from the same frames, axis order and range."""
     clip, loaded = load_clip(run_dir / "clip" / "model.safetensors")
-    conditions = load_conditions(run_dir, store_of(configure()), 0, CaptionPolicy(), True)
+    conditions = load_conditions(
+        run_dir, store_of(settings_of(configure())), 0, CaptionPolicy(), True
+    )
     dataset = conditions.train_set
     batch = dataset.collate([dataset.pointer(sample_id) for sample_id in (5, 0, 11)])
     video = to_float(batch.frames)
@@ -228,7 +232,7 @@ def test_a_resumed_prior_goes_on_in_its_own_space(configure, run_dir) -> None:
     """The whitening that a checkpoint brings rules the targets, not one fitted to today's data."""
     cfg = configure()
     section = from_config(PriorSection, cfg.prior, "prior")
-    conditions = load_conditions(run_dir, store_of(cfg), 0, section.captions, False)
+    conditions = load_conditions(run_dir, store_of(settings_of(cfg)), 0, section.captions, False)
     stage = prior_stage(section, conditions, 0)
     seen = []
 
@@ -274,8 +278,8 @@ def test_what_a_text_says_reaches_the_model_in_any_order(cascade) -> None:
     ids=lambda how: "-".join(map(str, how.values())),
 )
 def test_every_sampler_makes_other_clips_that_the_seed_repeats(cascade, how: dict) -> None:
-    plain = SampleConfig(steps=4, prior_steps=2, batch_size=3)
-    config = SampleConfig(steps=4, prior_steps=2, batch_size=3, **how)
+    plain = SampleConfig(sampler="ddim", steps=4, prior_steps=2, batch_size=3)
+    config = dataclasses.replace(plain, **how)
     clips = cascade.sample(["a man smiles"], config)
     assert torch.equal(clips, cascade.sample(["a man smiles"], config))
     assert not torch.equal(clips, cascade.sample(["a man smiles"], plain))

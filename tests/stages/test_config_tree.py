@@ -76,7 +76,10 @@ def test_the_defaults_are_those_of_the_classes() -> None:
         (["unet=sr"], "unet=sr: unets has only base, tsr, ssr"),
         (["cascade=[base,sr]"], "cascade=sr: unets has only base, tsr, ssr"),
         (["+sample.unets.sr.steps=3"], r"sample\.unets\.sr: unets has only"),
-        (["+sample.unets.base.steps=3"], r"sample\.unets\.base: it makes clips of text"),
+        (
+            ["+sample.unets.base.steps=3"],
+            r"sample\.unets\.base: it makes clips of text",
+        ),
         (["+sample.stepz=3"], r"sample\.stepz: unknown key; sample has: sampler, steps"),
         (["+sample.tile=3"], r"sample\.tile: unknown key"),  # of super-resolution alone
         (["sample.sampler=euler"], "sampler must be one of ddim, ancestral, dpm_solver"),
