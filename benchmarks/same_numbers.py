@@ -238,12 +238,15 @@ def plan_size(side: Side, size: str, data: Path) -> None:
         script = SCRIPTS.get(job.stage, "train_decoder")
         side.call(script, [*sizes, *places(data, run), *job.overrides, *steps])
         if job.cascade:
-            names = ",".join(job.cascade)
-            sampled = [f"cascade=[{names}]", "text='A man smiles. Warm light.'", "format=frames"]
-            sampled += [f"out={run}/sampled_{job.stage}", "sample.candidates=1"]
-            side.call(
-                "sample", [*sizes, *places(data, run), *job.overrides, *sampled, *job.sampled]
-            )
+            out = sampling(job, run, f"sampled_{job.stage}")
+            side.call("sample", [*sizes, *places(data, run), *out])
+
+
+def sampling(job: Job, folder: Path, name: str | None = None) -> list[str]:
+    """The overrides that sample one clip of a job into <folder>/<name>, by default its own name."""
+    names = ",".join(job.cascade)
+    sampled = [f"cascade=[{names}]", "text='A man smiles. Warm light.'", "format=frames"]
+    return [*job.overrides, *sampled, f"out={folder}/{name or job.name}", *job.sampled]
 
 
 def training(job: Job, size: str) -> list[str]:
@@ -263,8 +266,6 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 def differing(old: Path, new: Path, stage: str) -> list[str]:
     """What differs between two stage folders: losses, weights, samples."""
-    import numpy as np
-    from PIL import Image
     from safetensors.torch import load_file
 
     found = []
@@ -283,13 +284,18 @@ def differing(old: Path, new: Path, stage: str) -> list[str]:
         a, b = load_file(old / stage / name), load_file(new / stage / name)
         if a.keys() != b.keys() or any(not a[k].equal(b[k]) for k in a):
             found.append(f"weights of {name}")
-    a, b = ([np.asarray(Image.open(p)) for p in sorted((run / f"sampled_{stage}").rglob("0*.png"))]
-            for run in (old, new))  # fmt: skip
-    if len(a) != len(b) or any((x != y).any() for x, y in zip(a, b, strict=True)):
+    if stage in UNETS and not same_pictures(old / f"sampled_{stage}", new / f"sampled_{stage}"):
         found.append("sampled clip")
-    if stage in UNETS and not a:
-        found.append("no sampled clip")
     return found
+
+
+def same_pictures(old: Path, new: Path) -> bool:
+    """Whether both folders hold the same frames, and any at all."""
+    import numpy as np
+    from PIL import Image
+
+    a, b = ([np.asarray(Image.open(p)) for p in sorted(f.rglob("0*.png"))] for f in (old, new))
+    return len(a) == len(b) > 0 and all((x == y).all() for x, y in zip(a, b, strict=True))
 
 
 def differing_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -305,10 +311,18 @@ def differing_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def resume(old: Side, new: Side, size: str) -> dict[str, list[str]]:
-    """The new code goes on where the old one was after two of three steps."""
+    """The new code samples what the old one trained, then goes on where that was after two of
+    three steps.
+    """
     jobs = [(job, "run" if job.name == job.stage else job.name) for job in JOBS]
     for job, name in jobs:
         before, after = old.work / size / name, new.work / size / f"resumed_{job.name}"
+        sizes = [*(TINY if size == "tiny" else DEMO), *COMMON]
+        data = old.work.parent / f"data_{size}"
+        if job.cascade:
+            new.call(
+                "sample", [*sizes, *places(data, before), *sampling(job, after.parent / "read")]
+            )
         shutil.copytree(before, after)
         for sampled in after.glob("sampled_*"):
             shutil.rmtree(sampled)
@@ -316,17 +330,19 @@ def resume(old: Side, new: Side, size: str) -> dict[str, list[str]]:
         shutil.rmtree(last)
         (after / job.stage / "model.safetensors").unlink()
         steps = training(job, size) + ([f"unet={job.stage}"] if job.stage in UNETS else [])
-        sizes = [*(TINY if size == "tiny" else DEMO), *COMMON]
         script = SCRIPTS.get(job.stage, "train_decoder")
-        data = old.work.parent / f"data_{size}"
         new.call(script, [*sizes, *places(data, after), *job.overrides, *steps])
     new.run({})
     found = {}
     for job, name in jobs:
         after = new.work / size / f"resumed_{job.name}"
-        shutil.copytree(old.work / size / name / f"sampled_{job.stage}",
-                        after / f"sampled_{job.stage}") if job.cascade else None  # fmt: skip
-        found[job.name] = differing(old.work / size / name, after, job.stage)
+        before = old.work / size / name
+        read = after.parent / "read" / job.name
+        if job.cascade:
+            shutil.copytree(before / f"sampled_{job.stage}", after / f"sampled_{job.stage}")
+        found[job.name] = differing(before, after, job.stage)
+        if job.cascade and not same_pictures(before / f"sampled_{job.stage}", read):
+            found[job.name].append("clip sampled from old files")
     return found
 
 
