@@ -1,6 +1,7 @@
 # `make` lists the targets. Every target does its own set-up: a .venv with the pinned requirements, installed once.
 PYTHON ?= python3
 MINUTES ?= 20
+SLOW_MINUTES ?= 600
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -26,8 +27,8 @@ test: $(STAMP)  ## lint, types and the default tests (below 10 minutes on 2 core
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+test-slow: $(STAMP)  ## the tests that take minutes; what would begin after SLOW_MINUTES is skipped
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations=10 --minutes $(SLOW_MINUTES)
 
 test-gpu: $(STAMP)  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

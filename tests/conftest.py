@@ -1,5 +1,9 @@
-"""One small run that every test may read, trained once. Tests that train copy what they need."""
+"""One small run that every test may read, trained once; and a budget of time for the slow tests.
 
+Tests that train copy what they need of the run.
+"""
+
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +13,19 @@ from omegaconf import DictConfig
 import preprocess
 from dalle2_video.cli import compose
 from tests.helpers.runs import SMALL, STAGES, train
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip the tests that would begin after these")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes of --minutes are over")
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def test_two_processes_agree_with_one(strategy, single, tmp_path):
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1)]
     assert [rank["world"] for rank in ranks] == [2, 2]
     assert {rank["type"] for rank in ranks} == {LAYOUTS[strategy]}
-    # PAPERS.md 10, no. 8: of two ranks one writes
+    # of two ranks one writes
     assert ranks[0]["written"] > 0 and ranks[1]["written"] == 0
     total = sum(p.numel() for p in TinyNet().parameters() if p.requires_grad)
     held = [rank["held"] for rank in ranks]

@@ -61,7 +61,7 @@ def test_an_objective_that_calls_no_model_is_told(tmp_path) -> None:
 
 
 def test_what_each_strategy_holds() -> None:
-    """PAPERS.md's ZeRO table (Rajbhandari et al. 2020, figure 1), in float32, with the EMA."""
+    """The ZeRO table (Rajbhandari et al. 2020, figure 1), in float32, with the EMA."""
     cfg, bare = tiny_config(), tiny_config(ema_halflife_clips=None)
 
     def total(strategy: str, ranks: int, cfg=cfg) -> float:

@@ -19,7 +19,7 @@ from tests.helpers.tiny_stage import TinyNet, objective, tiny_config, tiny_stage
 
 
 def test_validation_leaves_no_trace(done, tmp_path) -> None:
-    """PAPERS.md section 10, number 2: it ran in train mode and back-propagated."""
+    """A known mistake: it ran in train mode and back-propagated."""
     seen = []
 
     def validate(model, accelerator):

@@ -1,6 +1,6 @@
 """Where the clips and their texts lie: zips, tars or an extracted folder -> members, read in place.
 
-CelebV-Text (PAPERS.md section 8) comes as zips or tars, whose folders have several spellings. What
+CelebV-Text comes as zips or tars, whose folders have several spellings. What
 counts here is only the end of a member's path: a video is <clip id>.mp4 in any folder, a text is
 <clip id>.txt in a folder named for a category. Texts may lie in the same archive as the videos, in
 another one, or in a folder beside. Nothing is ever extracted; the inputs are only read.

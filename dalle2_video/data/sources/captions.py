@@ -23,7 +23,7 @@ from torch import Tensor
 from dalle2_video import keyed
 from dalle2_video.config import config_class
 
-# The six kinds of text of CelebV-Text (PAPERS.md section 8), by the names used here and on disk.
+# The six kinds of text of CelebV-Text, by the names used here and on disk.
 CATEGORIES = (
     "action_dur",
     "emotion",
