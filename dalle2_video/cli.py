@@ -13,10 +13,12 @@ import hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+NOT_IN_A_NAME = ("train_name", "run_dir", "unet")  # they lead to folders of their own
 STAGES = ("clip", "prior", "base", "tsr", "ssr")
 # What users may have typed before, as a pattern of the whole argument -> what to type now.
 OLD_NAMES = {
@@ -53,7 +55,7 @@ def script(main: Callable[[DictConfig], None]) -> Callable[..., None]:
         if cfg is not None:
             main(cfg)
             return
-        sys.argv[1:] = quote_texts(check_names(sys.argv[1:]))
+        sys.argv[1:] = name_jobs(quote_texts(check_names(sys.argv[1:])))
         _register()
         hydra.main(version_base=None, config_path=str(CONFIGS), config_name="config")(job)()
 
@@ -77,6 +79,19 @@ def _register() -> None:
     from dalle2_video.stages.config_tree import register
 
     register()
+
+
+def name_jobs(arguments: Sequence[str]) -> list[str]:
+    """The arguments; of several jobs (`-m`) with a word to Hydra that a job's name is made of what
+    differs between jobs alone.
+    """
+    if not {"-m", "--multirun"} & set(arguments):
+        return list(arguments)
+    typed = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
+    parsed = OverridesParser.create().parse_overrides(typed)
+    same = [one.get_key_element() for one in parsed if not one.is_sweep_override()]
+    excluded = ",".join(f"'{key}'" for key in [*NOT_IN_A_NAME, *same])
+    return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
 
 
 def sweep_folder(run_dir: str, overrides: str) -> str:

@@ -14,7 +14,6 @@ import preprocess
 from dalle2_video.cli import compose
 from tests.helpers.runs import SMALL, STAGES, train
 
-
 BEGUN = time.monotonic()
 
 

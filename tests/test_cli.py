@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sample
-from dalle2_video.cli import check_names, compose, quote_texts, sweep_folder
+from dalle2_video.cli import check_names, compose, name_jobs, quote_texts, sweep_folder
 from tests.helpers.launching import ENVIRONMENT, ROOT
 
 
@@ -92,7 +92,7 @@ def test_several_jobs_of_one_command_each_run_in_their_folder(tmp_path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     folders = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
-    names = ["clip.train.lr=0.001,seed=1 0.001", "clip.train.lr=0.002,seed=1 0.002"]
+    names = ["clip.train.lr=0.001 0.001", "clip.train.lr=0.002 0.002"]
     assert folders == [f"{tmp_path}/{name}" for name in names]
 
 
@@ -103,6 +103,14 @@ def main(cfg):
     print(cfg.run_dir, cfg.clip.train.lr)
 main()
 """
+
+
+def test_a_job_is_named_by_what_differs_between_jobs() -> None:
+    typed = ["-m", "train_name=x", "clip.train.lr=1e-3,2e-3", "unet=tsr,ssr", "seed=1"]
+    *same, last = name_jobs(typed)
+    assert same == typed
+    assert last.endswith("exclude_keys=['train_name','run_dir','unet','train_name','seed']")
+    assert name_jobs(typed[1:]) == typed[1:]
 
 
 def test_slurm_has_a_launcher() -> None:

@@ -71,4 +71,14 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
     )
     check_wandb(run)
     process_state(run.timeout_minutes)
+    unlink_stages(Path(run.dir))
     return run
+
+
+def unlink_stages(own: Path) -> None:
+    """In a job of a sweep: the stage that it trains is its own, not a link to the run's, and with
+    another CLIP no later stage is the run's either.
+    """
+    for link in own.parent.glob("*") if own.name == "clip" else [own]:
+        if link.is_symlink():
+            link.unlink(missing_ok=True)  # another rank may have been first

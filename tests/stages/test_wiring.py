@@ -1,9 +1,11 @@
 """From the command line to what the scripts pass around."""
 
+from pathlib import Path
+
 import pytest
 
 import preprocess
-from dalle2_video.cli import compose
+from dalle2_video.cli import compose, sweep_folder
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.wiring import run_config, store_of
@@ -34,3 +36,14 @@ def test_the_embedded_faces_are_made_where_they_are_missing(tmp_path, capsys) ->
     assert not mistyped.exists()
     with pytest.raises(StoreError, match="run preprocess"):  # other data are the user's to bring
         store_of(settings_of(compose("experiment=celebvtext", f"data.root={tmp_path}/none")))
+
+
+@pytest.mark.parametrize(("stage", "kept"), [("prior", {"clip", "base"}), ("clip", set())])
+def test_a_job_of_a_sweep_never_trains_in_the_runs_own_stage(tmp_path, stage, kept) -> None:
+    for name in ("clip", "prior", "base"):
+        (tmp_path / name).mkdir()
+    folder = Path(sweep_folder(str(tmp_path), "lr=1"))
+    cfg = compose(f"run_dir={folder}")
+    run_config(settings_of(cfg), cfg, stage)
+    assert {path.name for path in folder.iterdir()} == kept
+    assert (tmp_path / stage).is_dir()
