@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+TEXTS = ("text", "file", "out", "run_dir", "train_name", "data.root", "data.out", "faces.root")
 NOT_IN_A_NAME = ("train_name", "run_dir", "unet")  # they lead to folders of their own
 STAGES = ("clip", "prior", "base", "tsr", "ssr")
 # What users may have typed before, as a pattern of the whole argument -> what to type now.
@@ -120,10 +121,11 @@ def check_names(arguments: Sequence[str]) -> list[str]:
 
 
 def quote_texts(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments in which the sentence of `text=...` is one quoted value.
+    """Command-line arguments in which the sentence of `text=...`, a path and a name are one quoted
+    value each.
 
-    Hydra would take a bare comma for a sweep, and refuse an apostrophe. A list of lines ([...]) and
-    a value that is quoted already stay as they are.
+    Hydra would take a bare comma for a sweep, and refuse an apostrophe or '='. A list of lines
+    ([...]) and a value that is quoted already stay as they are.
     """
     return [_quoted(argument) for argument in arguments]
 
@@ -131,8 +133,10 @@ def quote_texts(arguments: Sequence[str]) -> list[str]:
 def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     raw = re.fullmatch(r"""\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'|null""", value, re.DOTALL)
-    if key != "text" or not equals or raw:
+    if key not in TEXTS or not equals or raw:
         return argument
     # inside quotes only a quote, backslashes before one, and an interpolation have a meaning
     value = re.sub(r"(\\*)(\"|$)", lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)
-    return f'text="{value.replace("${", chr(92) + "${")}"'
+    if key == "text":
+        value = value.replace("${", chr(92) + "${")
+    return f'{key}="{value}"'

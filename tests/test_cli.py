@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import sample
 from dalle2_video.cli import check_names, compose, name_jobs, quote_texts, sweep_folder
@@ -28,9 +29,22 @@ def test_a_text_arrives_as_it_was_typed(text) -> None:
 
 
 def test_what_is_quoted_or_a_list_stays() -> None:
-    typed = ["text='a, b'", "text=[a man nods,warm light]", "text=null", "file=x.txt", "seed=1"]
+    typed = ["text='a, b'", "text=[a man nods,warm light]", "text=null", "out=null", "seed=1"]
     assert quote_texts(typed) == typed
     assert list(compose(typed[1]).text) == ["a man nods", "warm light"]
+
+
+@pytest.mark.parametrize("key", ["run_dir", "file", "out", "data.root", "faces.root"])
+def test_a_path_arrives_as_it_was_typed(key) -> None:
+    for path in ("runs/x/unets.base.train.lr=0.001", "a, b (1)/ü", "~/clips", "it's"):
+        (value,) = quote_texts([f"{key}={path}"])
+        cfg = compose(value)
+        assert OmegaConf.select(cfg, key) == path
+
+
+def test_a_name_of_digits_is_a_name() -> None:
+    cfg = compose(*quote_texts(["train_name=20240501_1203", "run_dir=runs/${train_name}"]))
+    assert (cfg.train_name, cfg.run_dir) == ("20240501_1203", "runs/20240501_1203")
 
 
 def test_sample_without_a_text_takes_an_example(monkeypatch, tmp_path) -> None:

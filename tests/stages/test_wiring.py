@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import preprocess
-from dalle2_video.cli import compose, sweep_folder
+from dalle2_video.cli import compose, quote_texts, sweep_folder
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.wiring import run_config, store_of
@@ -43,7 +43,7 @@ def test_a_job_of_a_sweep_never_trains_in_the_runs_own_stage(tmp_path, stage, ke
     for name in ("clip", "prior", "base"):
         (tmp_path / name).mkdir()
     folder = Path(sweep_folder(str(tmp_path), "lr=1"))
-    cfg = compose(f"run_dir={folder}")
+    cfg = compose(*quote_texts([f"run_dir={folder}"]))
     run_config(settings_of(cfg), cfg, stage)
     assert {path.name for path in folder.iterdir()} == kept
     assert (tmp_path / stage).is_dir()
