@@ -130,6 +130,21 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_a_disk_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_model(path, "prior", {}, net().state_dict())
+    before = file_hash(path)
+
+    def failing(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dalle2_video.model_file.os.replace", failing)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(path, "prior", {"other": 1}, net().state_dict())
+    assert file_hash(path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
 def test_no_pickle(tmp_path):
     """The file is a safetensors header (JSON) and raw numbers."""
     path = tmp_path / "m.safetensors"

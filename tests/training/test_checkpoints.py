@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from dalle2_video.model_file import CheckpointError, load_model
-from dalle2_video.training.checkpoint_files import checksum, whole_checkpoints
+from dalle2_video.training.checkpoint_files import checksum, saved_progress, whole_checkpoints
 from dalle2_video.training.loop import train
+from dalle2_video.training.progress import Progress
 from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ROOT
 from tests.helpers.run_files import assert_same_bits, metric, weights
@@ -34,6 +36,8 @@ def test_every_nth_checkpoint_is_kept(tmp_path) -> None:
 
 def test_folder_without_progress_is_not_a_checkpoint(run_folder) -> None:
     (run_folder / "checkpoints/000000000032/progress.json").unlink()
+    (run_folder / "checkpoints/.000000000040.tmp").mkdir()
+    (run_folder / ".model.safetensors.1234.tmp").touch()  # what a kill leaves
     before = metric(run_folder)
     called = []
 
@@ -47,6 +51,7 @@ def test_folder_without_progress_is_not_a_checkpoint(run_folder) -> None:
     assert result.progress.optimizer_steps == 4
     assert called == [16, 24]  # from the one before it
     assert metric(run_folder) == before
+    assert not [path for path in run_folder.rglob(".*") if path.name.endswith(".tmp")]
 
 
 # ---- what they hold
@@ -97,6 +102,19 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(done, run_folder, name, caps
     assert metric(run_folder) == metric(done)
     assert_same_bits(weights(run_folder), weights(done))
     assert (run_folder / "checkpoints/000000000032.damaged").exists()
+
+
+def test_the_checksum_is_of_the_whole_file(tmp_path) -> None:
+    data = os.urandom(5 << 20)  # more than one block
+    (tmp_path / "file").write_bytes(data)
+    assert checksum(tmp_path / "file") == f"{zlib.crc32(data):08x}"
+
+
+def test_a_damaged_progress_that_is_json_is_passed_over(run_folder) -> None:
+    (run_folder / "checkpoints/000000000032/progress.json").write_text('{"clisp": 32}')
+    assert saved_progress(run_folder) == Progress()
+    train(tiny_stage(), tiny_config(), RunConfig(str(run_folder)))
+    assert saved_progress(run_folder).clips == 32
 
 
 def test_where_all_checkpoints_are_damaged_it_is_an_error(run_folder) -> None:

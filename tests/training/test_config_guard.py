@@ -17,6 +17,7 @@ run_dir: a
 data: {{root: /a, size: {size}, workers: 2}}
 tiny: {{train: {{lr: {lr}, clips: {clips}, workers: 0}}, drop: 0.1}}
 other: {{train: {{lr: {other}}}}}
+tiny2: {{train: {{lr: {other}}}}}
 sample: {{steps: {other}}}
 """
 

@@ -80,16 +80,17 @@ def test_what_each_strategy_holds() -> None:
 def test_advice_only_where_it_will_not_fit() -> None:
     parts = {"weights": 10e9, ACTIVATIONS: 50e9}
     assert advice(Memory(parts, 80e9), "ddp", 4) == []
-    told = " ".join(advice(Memory(parts, 60e9), "ddp", 4))
-    assert "activation_checkpointing" in told and "below 4" in told and "zero3.yaml" in told
-    told = " ".join(advice(Memory({"weights": 90e9, ACTIVATIONS: 1e9}, 80e9), "zero3", 1))
-    assert "offload" in told and "activation_checkpointing" not in told
+    assert advice(Memory(parts, 66e9), "ddp", 4)  # within a tenth of the device
+    found = " ".join(advice(Memory(parts, 60e9), "ddp", 4))
+    assert "activation_checkpointing" in found and "below 4" in found and "zero3.yaml" in found
+    found = " ".join(advice(Memory({"weights": 90e9, ACTIVATIONS: 1e9}, 80e9), "zero3", 1))
+    assert "offload" in found and "activation_checkpointing" not in found
 
 
 def test_the_table_stands_at_the_start_and_the_peak_at_the_end(tmp_path, capsys) -> None:
     train(tiny_stage(), tiny_config(), RunConfig(str(tmp_path)))
     lines = capsys.readouterr().out.splitlines()
-    told = [line for line in lines if "memory" in line]
+    found = [line for line in lines if "memory" in line]
     names = ["weights", "gradients", "optimizer", "EMA", "activations", "together", "device has"]
     assert all(name in line for name, line in zip(names, told, strict=False))
     assert "measured peak" in lines[-1]

@@ -11,11 +11,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from dalle2_video.data.store.shard import StoreError
+from dalle2_video.model_file import CheckpointError
 from dalle2_video.training.checkpoint_files import whole_checkpoints
+from dalle2_video.training.divergence import TrainingDiverged
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
-from dalle2_video.training.preemption import EXIT_CODE, FILE, SIGNALS, Signals
+from dalle2_video.training.preemption import (
+    EXIT_CODE,
+    FILE,
+    SIGNALS,
+    Interrupted,
+    Signals,
+    would_repeat,
+)
 from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ENVIRONMENT, ROOT, launch_command, run_launch
 from tests.helpers.run_files import metric
@@ -176,3 +187,25 @@ def test_signals_are_as_before_afterwards() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.asked is signal.SIGUSR1
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.asked is None
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_which_errors_the_same_command_would_repeat() -> None:
+    """Bad data and bad settings; not a full disk, a user's Ctrl-C, or a rank that went away."""
+    for error in (ValueError(), StoreError(), CheckpointError(), TrainingDiverged()):
+        assert would_repeat(error, 2), error
+    for error in (OSError(), KeyboardInterrupt(), Interrupted(EXIT_CODE)):
+        assert not would_repeat(error, 1), error
+    assert would_repeat(RuntimeError(), 1)
+    assert not would_repeat(RuntimeError(), 2)  # of gloo, where the other rank has gone
+    assert not would_repeat(torch.distributed.DistBackendError(), 2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dalle2_video.model_file import CheckpointError
 from dalle2_video.training import prepare
@@ -48,6 +49,13 @@ def test_resume_after_step_2_of_4_gives_the_same_bits(tmp_path, changes) -> None
     train(other, cfg, RunConfig(str(tmp_path / "resumed")))
     assert_same_bits(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
     assert metric(tmp_path / "whole") == metric(tmp_path / "resumed")
+
+
+def test_another_micro_batch_resumes_to_the_same_losses(done, tmp_path) -> None:
+    """The micro-batches of an optimizer step are counted from the checkpoint."""
+    half_done(done, tmp_path / "run")
+    train(tiny_stage(), tiny_config(micro_batch_size=2), RunConfig(str(tmp_path / "run")))
+    assert metric(tmp_path / "run") == pytest.approx(metric(done), abs=1e-6)
 
 
 def test_longer_run_continues(tmp_path) -> None:
@@ -185,6 +193,28 @@ def test_checkpoint_of_another_optimizer_is_refused_and_leaves_the_config(run_fo
     assert (run_folder / "config.yaml").read_text() == "a: 3\n"
 
 
+def test_a_checkpoint_without_the_ema_that_is_wanted_is_refused(tmp_path) -> None:
+    run = RunConfig(str(tmp_path))
+    train(tiny_stage(), tiny_config(clips=8, ema_halflife_clips=None), run)
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors: no such file.*without EMA"):
+        train(tiny_stage(), tiny_config(), run)
+
+
+@pytest.mark.parametrize("change", ["lost", "unexpected"])
+def test_weights_that_do_not_fit_are_refused_by_name(run_folder, change) -> None:
+    checkpoint = run_folder / "checkpoints/000000000032"
+    state = load_file(checkpoint / "model.safetensors")
+    if change == "lost":
+        del state["down.bias"]
+    else:
+        state["down.other"] = torch.zeros(1)
+    save_file(state, checkpoint / "model.safetensors")
+    (checkpoint / "checksums.json").unlink()  # or it would be taken for damaged
+    name = "down.bias" if change == "lost" else "down.other"
+    with pytest.raises(CheckpointError, match=rf"does not fit the model \({name}\)"):
+        train(tiny_stage(), tiny_config(clips=40), RunConfig(str(run_folder)))
+
+
 # ---- formats
 
 
@@ -219,6 +249,19 @@ def test_a_checkpoint_of_format_1_resumes_to_the_same_bits(tmp_path) -> None:
     other = tiny_stage(config={"model": {"num_lowres_frames": 4}})
     with pytest.raises(CheckpointError, match=r"num_lowres_frames: 8 there, 4 here"):
         train(other, tiny_config(clips=40), RunConfig(str(tmp_path / "old")))
+
+
+def test_a_checkpoint_before_checksums_and_layouts_resumes_to_the_same_bits(done, tmp_path) -> None:
+    checkpoint = half_done(done, tmp_path / "run") / "checkpoints/000000000016"
+
+    def without_layout(values):
+        del values["layout"], values["format"]
+        return values
+
+    rewrite(checkpoint, "stage.json", without_layout)
+    (checkpoint / "checksums.json").unlink()
+    train(tiny_stage(), tiny_config(), RunConfig(str(tmp_path / "run")))
+    assert_same_bits(weights(tmp_path / "run"), weights(done))
 
 
 @pytest.mark.parametrize("name", ["progress.json", "stage.json"])

@@ -39,6 +39,19 @@ def test_validation_leaves_no_trace(done, tmp_path) -> None:
     assert busy.model.training
 
 
+def test_a_network_in_eval_mode_is_trained_in_train_mode(tmp_path) -> None:
+    modes = []
+
+    def noting(model, batch, step):
+        modes.append(model.training)
+        return objective(model, batch, step)
+
+    stage = tiny_stage(objective=noting, val_set=None)
+    stage.model.eval()
+    train(stage, tiny_config(clips=16), RunConfig(str(tmp_path)))
+    assert modes == [False, True, True]  # the first counts the memory
+
+
 def test_validation_sees_the_ema_weights(tmp_path) -> None:
     seen = []
 
