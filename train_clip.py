@@ -12,7 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from dalle2_video.cli import script
 from dalle2_video.stages.config_tree import settings_of
-from dalle2_video.stages.video_clip import cache_embeddings, clip_stage
+from dalle2_video.stages.embeddings import cache_embeddings
+from dalle2_video.stages.video_clip import clip_stage
 from dalle2_video.stages.wiring import run_config, store_of
 from dalle2_video.training.loop import train
 

@@ -1,49 +1,30 @@
-"""Training of the video CLIP: symmetric InfoNCE over the global batch, and its Stage.
+"""Training of the video CLIP: its section of the configuration, its objective and its Stage.
 
-Radford et al. 2021 (arXiv 2103.00020), figure 3, over the clips of all ranks. Two deviations:
-- two clips of a batch with the very same set of lines each answer the other's text, so that pair is
-  taken out of the denominators (in small attribute data, with categories dropped, such pairs are
-  common; clips that merely resemble each other stay negatives);
-- gradient accumulation is refused, since a micro-batch would see its own negatives only: the loss
-  would be that of a smaller batch.
-
-B clips of this rank, G clips of all ranks, D embedding dimension.
+The loss (contrastive.py) compares the clips of all ranks. Gradient accumulation is refused, since a
+micro-batch would see its own negatives only: the loss would be that of a smaller batch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
-from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dalle2_video import keyed
 from dalle2_video.config import ConfigError, config_class, default
 from dalle2_video.data.media.tensors import has_view, to_float
 from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
-from dalle2_video.data.store.dataset import Batch, CelebVTextDataset, embedding_keys
-from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
+from dalle2_video.data.store.dataset import Batch, CelebVTextDataset
 from dalle2_video.data.store.store import ClipStore
 from dalle2_video.evaluation.retrieval import Retrieval, retrieval
 from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConfig
-from dalle2_video.models.video_clip import ClipOutput, VideoCLIP, VideoCLIPConfig
+from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
 from dalle2_video.models.vivit import VideoTowerConfig
-from dalle2_video.pipeline.loading import load_clip
+from dalle2_video.stages.contrastive import caption_ids, contrastive_loss
+from dalle2_video.stages.embeddings import over_split
 from dalle2_video.training.accelerator import process_state
-from dalle2_video.training.preemption import mark_ended, mark_unfinished
 from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
-
-EVAL_BATCH = 64
 
 
 @config_class
@@ -116,76 +97,6 @@ class ClipSection:
     )
 
 
-class _AllGather(torch.autograd.Function):
-    """(B, ...) -> (G, ...), ranks in order; the gradient is summed over the ranks.
-
-    Every rank has its own loss, and each depends on the rows of all ranks. The sum here and the
-    mean that data-parallel training takes over ranks give the gradient of those losses' mean.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return all_gather(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def world_size() -> int:
-    """Ranks of the running process group, 1 without one."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """(B, ...) of every rank, equal shapes -> (G, ...) on every rank, without gradient."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def gather_with_gradient(x: Tensor) -> Tensor:
-    """(B, ...) of every rank -> (G, ...), differentiable."""
-    return x if world_size() == 1 else _AllGather.apply(x)  # type: ignore[return-value]
-
-
-def caption_ids(captions: Sequence[Sequence[str]]) -> Tensor:
-    """(B,) int64: a hash of each clip's set of lines, whatever their order."""
-    texts = ["\n".join(sorted(set(lines))).encode() for lines in captions]
-    digests = [hashlib.blake2b(text, digest_size=8).digest() for text in texts]
-    return torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests])
-
-
-def contrastive_loss(output: ClipOutput, ids: Tensor) -> Loss:
-    """Symmetric InfoNCE of this rank's clips against the clips of all ranks.
-
-    output: embeddings (B, D) of this rank; ids (B,) int64, equal for clips with equal captions.
-    The loss is the mean over this rank's B clips and both directions; its mean over ranks is the
-    loss of the global batch. Metrics: accuracy per direction inside the global batch.
-    """
-    video, text = output.video.float(), output.text.float()
-    scale = output.logit_scale.float()
-    offset = len(video) * (dist.get_rank() if world_size() > 1 else 0)
-    labels = torch.arange(len(video), device=video.device) + offset
-    same = ids.unsqueeze(1) == all_gather(ids)  # (B, G)
-    twin = same.scatter(1, labels.unsqueeze(1), False)
-    with torch.autocast(video.device.type, enabled=False):  # a scale of 100 needs float32
-        to_text = (scale * video @ gather_with_gradient(text).T).masked_fill(twin, -torch.inf)
-        to_video = (scale * text @ gather_with_gradient(video).T).masked_fill(twin, -torch.inf)
-        loss = (F.cross_entropy(to_text, labels) + F.cross_entropy(to_video, labels)) / 2
-    with torch.no_grad():
-        metrics: dict[str, Tensor | float] = {
-            "video_to_text_accuracy": (to_text.argmax(1) == labels).float().mean(),
-            "text_to_video_accuracy": (to_video.argmax(1) == labels).float().mean(),
-            "logit_scale": scale.detach().squeeze(),
-        }
-    return Loss(loss, metrics)
-
-
 def objective(
     model: nn.Module, batch: Batch, step: StepInfo, view: tuple[int, int] | None = None
 ) -> Loss:
@@ -212,28 +123,6 @@ def refuse_accumulation(train: TrainConfig, world: int) -> None:
     micro = train.micro_batch_size
     if micro is not None and micro * world != train.batch_size:
         raise ConfigError(NO_ACCUMULATION)
-
-
-def over_split(
-    function: Callable[[Batch], Tensor], dataset: CelebVTextDataset, bar: tqdm | None = None
-) -> Tensor:
-    """function(batch) of a whole split, in index order, float32 (N, ...), on every rank.
-
-    Every rank makes the same number of calls of the same size (sharded models need that): the
-    last ones go round to the first clips again, and those rows are cut off.
-    """
-    state = PartialState()
-    device = torch.device(state.device or "cpu")
-    n, world, rank = len(dataset), state.num_processes, state.process_index
-    size = min(EVAL_BATCH, -(-n // world))
-    parts = []
-    for start in range(0, n, size * world):
-        mine = range(start + rank * size, start + (rank + 1) * size)
-        batch = dataset.collate([dataset.eval_pointer(i % n) for i in mine])
-        parts.append(all_gather(function(batch.to(device)).float()))
-        if bar is not None:
-            bar.update(min(size * world, n - start))
-    return torch.cat(parts)[:n]
 
 
 @torch.no_grad()
@@ -280,49 +169,3 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
         meta={"fps": str(data.view_fps(video.num_frames))},
         state_filter=model.keeps,
     )
-
-
-@torch.no_grad()
-def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
-    """Embeddings of every clip of every split from <folder>/model.safetensors, in float32.
-
-    A cache that stands there with the checkpoint's hash and just these clips is left as it is.
-    Every rank calls it; the ranks share the work, the first one writes. Returns the cache's path.
-    """
-    state, folder = PartialState(), Path(folder)
-    device = torch.device(state.device or "cpu")
-    path = folder / "embeddings.safetensors"
-    clip, loaded = load_clip(folder / "model.safetensors")
-    sets = [
-        CelebVTextDataset(store, name, 0, EvaluationCaptions())
-        for name in store.splits
-        if store.split(name)
-    ]
-    keys = embedding_keys(store)
-    if path.is_file():
-        try:
-            EmbeddingCache.load(path, loaded.hash).check_order(keys)
-            return path
-        except EmbeddingError as error:
-            print(f"embeddings are computed again: {error}", flush=True)
-    if state.is_main_process:  # a scheduler should go on here, too
-        mark_unfinished(folder, int(loaded.meta.get("clips_seen", 0)), "embedding")
-    clip.to(device)
-    video = clip.config.video
-
-    def embed(batch: Batch) -> Tensor:
-        assert batch.frames is not None
-        return clip.encode_video(to_float(batch.frames, video.num_frames, video.image_size))
-
-    # A line every ten seconds where the output is no terminal.
-    pace = 0.1 if sys.stderr.isatty() else 10.0
-    quiet = not state.is_main_process
-    with tqdm(
-        total=len(keys), unit="clip", desc="embeddings", mininterval=pace, disable=quiet
-    ) as bar:
-        embeddings = torch.cat([over_split(embed, dataset, bar) for dataset in sets])
-    if state.is_main_process:
-        write_embeddings(path, keys, embeddings, loaded.hash)
-        mark_ended(folder)
-    state.wait_for_everyone()
-    return path

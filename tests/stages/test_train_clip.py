@@ -38,16 +38,9 @@ from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConf
 from dalle2_video.models.video_clip import ClipOutput, VideoCLIP, VideoCLIPConfig
 from dalle2_video.pipeline.loading import load_clip
 from dalle2_video.stages.config_tree import settings_of
-from dalle2_video.stages.video_clip import (
-    ClipSection,
-    cache_embeddings,
-    caption_ids,
-    clip_stage,
-    contrastive_loss,
-    judge,
-    objective,
-    over_split,
-)
+from dalle2_video.stages.contrastive import caption_ids, contrastive_loss
+from dalle2_video.stages.embeddings import cache_embeddings, over_split
+from dalle2_video.stages.video_clip import ClipSection, clip_stage, judge, objective
 from dalle2_video.training.loop import train
 from dalle2_video.training.stage import RunConfig, StepInfo
 from tests.helpers.launching import ROOT
@@ -255,7 +248,7 @@ def test_two_ranks_with_half_a_batch_give_the_gradients_of_one_with_all(data, st
 
 
 def test_over_split_meets_every_clip_once_and_in_order(store, monkeypatch):
-    from dalle2_video.stages import video_clip as module
+    from dalle2_video.stages import embeddings as module
 
     clips = train_set(store)
     for size in (7, len(clips), 64):
