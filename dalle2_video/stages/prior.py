@@ -1,5 +1,6 @@
-"""Training of the prior: its objective, its validation, and its Stage (Ramesh et al. 2022, section
-2.2).
+"""Training of the prior: its objective, its validation, and its Stage (Ramesh et al. 2022, 2.2).
+
+B texts, K noised embeddings per text, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from dalle2_video import keyed
 from dalle2_video.config import config_class, default
 from dalle2_video.data.sources.captions import CaptionPolicy
-from dalle2_video.data.store.dataset import Batch, eval_loader
+from dalle2_video.data.store.dataset import Batch, CelebVTextDataset, eval_loader
 from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
 from dalle2_video.models.prior import Prior, PriorConfig
 from dalle2_video.models.whitening import Whitening
@@ -59,28 +60,25 @@ def whitening_of(model: nn.Module, accelerator: Accelerator) -> Whitening:
     return cast(Prior, accelerator.unwrap_model(model)).whiten
 
 
-def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Stage:
-    """The stage "prior": MSE on the embedding itself, K noise levels per text."""
-    video_clip, diffusion, draws = (
-        conditions.video_clip,
-        section.diffusion,
-        section.model.noise_draws,
-    )
-    encode = TextEncoder(video_clip)
-    torch.manual_seed(keyed.key(seed, 0, "prior/init"))
-    prior = Prior(section.model, video_clip.embed_dim, video_clip.text_width)
-    prior.fit(conditions.examples())
+class PriorObjective:
+    """MSE on the whitened embedding itself, K noise levels per text, and its validation."""
 
-    def objective(model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
+    def __init__(
+        self, section: PriorSection, encode: TextEncoder, val_set: CelebVTextDataset
+    ) -> None:
+        self.section, self.encode, self.val_set = section, encode, val_set
+        self.diffusion, self.draws = section.diffusion, section.model.noise_draws
+
+    def __call__(self, model: nn.Module, batch: Batch, step: StepInfo) -> Loss:
         assert batch.embeddings is not None
-        text = encode(batch)
+        text, draws = self.encode(batch), self.draws
         whiten = whitening_of(model, step.accelerator)
         x0 = whiten(batch.embeddings)[:, None].expand(-1, draws, -1)
-        sample_ids = step.sample_ids[:, None] * draws + torch.arange(draws)
-        t = draw_t(step.seed, sample_ids.flatten(), "prior").to(step.device)
+        ids = step.sample_ids[:, None] * draws + torch.arange(draws)
+        t = draw_t(step.seed, ids.flatten(), "prior").to(step.device)
         eps = keyed.randn(x0.shape[1:], step.seed, step.sample_ids, "prior/noise").to(step.device)
-        noised = add_noise(diffusion, x0.flatten(0, 1), t, eps.flatten(0, 1))
-        keep = keyed.rand((), step.seed, step.sample_ids, "prior/drop") >= section.text_drop
+        noised = add_noise(self.diffusion, x0.flatten(0, 1), t, eps.flatten(0, 1))
+        keep = keyed.rand((), step.seed, step.sample_ids, "prior/drop") >= self.section.text_drop
         prediction = model(
             noised.z.unflatten(0, (-1, draws)),
             noised.log_snr.unflatten(0, (-1, draws)),
@@ -89,19 +87,22 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
             text.embedding,
             keep.to(step.device),
         )
-        return Loss(per_sample_loss(diffusion, prediction.flatten(0, 1), noised).mean())
+        return Loss(per_sample_loss(self.diffusion, prediction.flatten(0, 1), noised).mean())
 
-    def validate(model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """Every rank goes over the whole split, so sharded models make the same calls."""
+    def validate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Loss, and cosines of drawn embeddings to the clips' own and to others'.
+
+        Every rank goes over the whole split, so sharded models make the same calls.
+        """
         total, pairs = 0.0, []
         config = SampleConfig(prior_guidance_scale=1.0)
         whiten = whitening_of(model, accelerator)
-        for cpu_batch in eval_loader(conditions.val_set, 64):
+        for cpu_batch in eval_loader(self.val_set, 64):
             batch = cpu_batch.to(accelerator.device)
             step = StepInfo(batch.sample_ids, 0, accelerator.device, accelerator)
-            total += float(objective(model, batch, step).loss) * len(batch)
-            text = encode(batch)
-            drawn = sample_embeddings(model, whiten, diffusion, text, batch.sample_ids, config)
+            total += float(self(model, batch, step).loss) * len(batch)
+            text = self.encode(batch)
+            drawn = sample_embeddings(model, whiten, self.diffusion, text, batch.sample_ids, config)
             assert batch.embeddings is not None
             pairs.append(torch.stack([drawn, batch.embeddings]).cpu())
         drawn, own = torch.cat(pairs, dim=1)
@@ -112,16 +113,24 @@ def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Sta
             "cosine_to_another_video": float((drawn * other).sum(1).mean()),
         }
 
+
+def prior_stage(section: PriorSection, conditions: Conditions, seed: int) -> Stage:
+    """The stage "prior"."""
+    video_clip = conditions.video_clip
+    torch.manual_seed(keyed.key(seed, 0, "prior/init"))
+    prior = Prior(section.model, video_clip.embed_dim, video_clip.text_width)
+    prior.fit(conditions.examples())
+    objective = PriorObjective(section, TextEncoder(video_clip), conditions.val_set)
     return Stage(
         name="prior",
         model=prior,
         objective=objective,
         train_set=conditions.train_set,
         val_set=conditions.val_set,
-        validate=validate,
+        validate=objective.validate,
         config={
             "model": dataclasses.asdict(section.model),
-            "diffusion": dataclasses.asdict(diffusion),
+            "diffusion": dataclasses.asdict(section.diffusion),
             "embedding_dim": video_clip.embed_dim,
             "text_dim": video_clip.text_width,
         },

@@ -99,29 +99,32 @@ class UnetObjective:
     def noised(self, batch: Batch, step: StepInfo, kind: Kind) -> Part:
         """Crops of the clips with noise, their condition and their smaller clips."""
         assert batch.frames is not None
-        name, frames = self.name, self.model.num_frames
-        stream, frames = (name, frames) if kind == "clips" else (f"{name}/image", 1)
+        frames = self.model.num_frames if kind == "clips" else 1
+        stream = self.name if kind == "clips" else f"{self.name}/image"
         crop = min(frames, self.section.crop_size[0]), self.section.crop_size[1]
         whole, ids = (frames, self.model.image_size), batch.sample_ids
         corners = draw_corners(whole, crop, self.model.upscale, step.seed, ids, stream)
         x0 = crop_of(batch.frames, whole, corners, crop)
-        text = self.encode(batch)
         t = draw_t(step.seed, ids, stream)
         if self.model.learned_variance:
             t = on_grid(t, self.diffusion.variance_steps)
         t = t.to(step.device, non_blocking=True)
         eps = keyed.randn(x0.shape[1:], step.seed, ids, f"{stream}/noise", step.device)
-        dropped = "drop" if kind == "clips" else f"{stream}/drop"
-        rates = dataclasses.asdict(self.section.cond_dropout)
-        keep = keep_masks(rates, step.seed, ids, dropped)
-        keep_embedding, keep_text = (mask.to(step.device, non_blocking=True) for mask in keep)
-        assert batch.embeddings is not None
-        condition = Condition(
-            batch.embeddings, keep_embedding, text.states, text.place, text.embedding, keep_text
-        )
+        condition = self.condition(batch, step, "drop" if kind == "clips" else f"{stream}/drop")
         lowres = self.lowres(batch, corners, crop, step, stream)
         target = self.task.to_target(x0, lowres)
         return Part(kind, target, t, add_noise(self.diffusion, target, t, eps), condition, lowres)
+
+    def condition(self, batch: Batch, step: StepInfo, stream: str) -> Condition:
+        """Embeddings and texts of the clips, with what this step drops; stream keys the draws."""
+        text = self.encode(batch)
+        rates = dataclasses.asdict(self.section.cond_dropout)
+        keep = keep_masks(rates, step.seed, batch.sample_ids, stream)
+        keep_embedding, keep_text = (mask.to(step.device, non_blocking=True) for mask in keep)
+        assert batch.embeddings is not None
+        return Condition(
+            batch.embeddings, keep_embedding, text.states, text.place, text.embedding, keep_text
+        )
 
     def lowres(
         self,
