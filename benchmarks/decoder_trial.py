@@ -1,6 +1,6 @@
 """A short training of the base U-Net, judged on `val`: to compare settings before a whole demo.
 
-    python train_clip.py run_dir=runs/trials data.root=data/faces clip.train.minutes=3.5
+    python train_clip.py run_dir=runs/trials faces.root=data/faces clip.train.minutes=3.5
     python -m benchmarks.decoder_trial runs/trials muon --minutes 3
     python -m benchmarks.decoder_trial runs/trials slow --minutes 3 unets.base.train.lr=1e-3
 
@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 
+from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import CaptionPolicy
@@ -32,6 +32,7 @@ from dalle2_video.pipeline.loading import load_unet
 from dalle2_video.pipeline.sampling import sample_clips
 from dalle2_video.pipeline.sampling_config import SampleConfig
 from dalle2_video.provenance import provenance
+from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.frozen_clip import TextEncoder, load_conditions
 from dalle2_video.stages.wiring import store_of
 
@@ -42,9 +43,8 @@ LOG_SNRS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0)
 @torch.no_grad()
 def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
     """Figures of <folder>/base/model.safetensors on the first clips of val."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", [f"data.root={data}"])
-    conditions = load_conditions(folder, store_of(cfg), 0, CaptionPolicy(), load_frames=True)
+    store = store_of(settings_of(compose(f"faces.root={data}")))
+    conditions = load_conditions(folder, store, 0, CaptionPolicy(), load_frames=True)
     unet, diffusion, _ = load_unet(folder / "base" / "model.safetensors", "base")
     dataset = conditions.val_set
     pointers = [dataset.eval_pointer(i) for i in range(min(clips, len(dataset)))]
@@ -72,7 +72,7 @@ def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
             figures[f"x0_error_{where}"] = float((x - x0).square().mean())
             figures[f"motion_error_{where}"] = float((moved - motion).square().mean())
 
-    config, samples = SampleConfig(steps=steps), []
+    config, samples = SampleConfig(sampler="ddim", steps=steps), []
     for start in range(0, len(x0), 32):
         part = Condition(*(tensor[start : start + 32] for tensor in condition))
         sample_ids = batch.sample_ids[start : start + 32]
@@ -101,7 +101,7 @@ def main() -> None:
     if not (folder / "clip").exists():
         shutil.copytree(Path(a.run_dir) / "clip", folder / "clip")
     budget = f"unets.base.train.minutes={a.minutes}"
-    command = [str(ROOT / "train_decoder.py"), f"run_dir={folder}", f"data.root={a.data}", budget]
+    command = [str(ROOT / "train_decoder.py"), f"run_dir={folder}", f"faces.root={a.data}", budget]
     subprocess.run([sys.executable, *command, "sample.steps=2", *a.overrides], check=True)
     lines = (folder / "base" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])

@@ -39,11 +39,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import EvaluationCaptions
@@ -74,6 +74,7 @@ from dalle2_video.models.conditioning import Condition
 from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.provenance import provenance
+from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.wiring import store_of
 from dalle2_video.training.muon import Muon
 from dalle2_video.training.optimizer import param_groups
@@ -354,7 +355,7 @@ def train(cell: Cell, seed: int, clips: torch.Tensor, device: str = "cpu") -> Tr
 
 
 class Shared(nn.Module):
-    """Nichol & Dhariwal's: an output layer for the prediction that says the raw fraction too."""
+    """Nichol & Dhariwal's: an output layer for the prediction that returns the raw fraction too."""
 
     def __init__(self, out: nn.Module, detached: bool) -> None:
         super().__init__()
@@ -371,7 +372,7 @@ def network(recipe: Recipe) -> Unet3D:
     net = Unet3D(replace(MODEL, learned_variance=recipe.spectrum), 8, 8)
     if recipe.learned and not recipe.spectrum:
         net.out = Shared(net.out, recipe.detached)
-        net.ends = (*net.ends, "out.out", "out.raw")
+        net.muon_exclude = (*net.muon_exclude, "out.out", "out.raw")
     return net
 
 
@@ -410,17 +411,17 @@ def judge(
     simple, bits = [], {}
     for rows in torch.arange(len(x0)).split(32):
 
-        def says(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        def predict(z: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
             return net(z, log_snr, unconditional(len(z)).to(device))
 
         clean, generator = x0[rows], torch.Generator().manual_seed(int(rows[0]))
         for t in (torch.arange(8) + 0.5) / 8:
             noise = torch.randn(clean.shape, generator=generator).to(device)
             noised = add_noise(diffusion, clean, t.expand(len(clean)).to(device), noise)
-            prediction, _ = split_output(says(noised.z, noised.log_snr), 3)
+            prediction, _ = split_output(predict(noised.z, noised.log_snr), 3)
             simple.append(per_sample_loss(diffusion, prediction, noised))
         for name, values in bits_of(
-            says, diffusion, clean, rows, 0, draws, cell.recipe.bits
+            predict, diffusion, clean, rows, 0, draws, cell.recipe.bits
         ).items():
             bits.setdefault(name, []).append(values)
     facts: dict = {"val_simple": float(torch.cat(simple).mean())}
@@ -458,8 +459,7 @@ def sample(
 
 def embedded(data_root: Path) -> Iterator[torch.Tensor]:
     """The views of the clips of train, and of the first 128 of val: uint8 (N, F, H, W, 3)."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        store = store_of(compose("config", [f"faces.root={data_root}"]))
+    store = store_of(settings_of(compose(f"faces.root={data_root}")))
     for split in ("train", "val"):
         dataset = CelebVTextDataset(store, split, 0, EvaluationCaptions())
         parts = []

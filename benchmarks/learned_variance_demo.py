@@ -28,11 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 
 from benchmarks.learned_variance_figures import IMAGES, draw_clips, half_width, plt, save
 from benchmarks.sampling import Judge
-from dalle2_video.config import from_config
+from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.diffusion.frequencies import to_frequencies
@@ -42,12 +41,13 @@ from dalle2_video.diffusion.variance import fraction_of, split_output
 from dalle2_video.evaluation.likelihood import evaluate_bits
 from dalle2_video.model_file import load_model
 from dalle2_video.models.conditioning import Condition
-from dalle2_video.pipeline.sampling import ClipSampling, sample_clips
+from dalle2_video.pipeline.sampling import sample_clips
+from dalle2_video.pipeline.sampling_config import UnetSampling
 from dalle2_video.provenance import provenance
+from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.frozen_clip import load_conditions
 from dalle2_video.stages.unet import unet_stage
-from dalle2_video.stages.unet_section import UnetSection
-from dalle2_video.stages.wiring import run_config, sample_config, store_of
+from dalle2_video.stages.wiring import run_config, store_of
 from dalle2_video.training.loop import train as fit_loop
 
 ROOT = Path(__file__).parents[1]
@@ -81,18 +81,18 @@ def fit(seeds: Sequence[int], clips: int, data: str, overrides: list[str]) -> No
         for name in ("clip", "prior"):
             if not (folder / name).exists():
                 shutil.copytree(plain / name, folder / name)
-        settings = [f"run_dir={folder}", f"faces.root={data}", f"seed={seed}"]
-        settings += [f"unets.base.train.clips={clips}", "unets.base.model.learned_variance=true"]
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [*settings, *overrides])
-        section = from_config(UnetSection, cfg.unets.base, "unets.base")
-        conditions = load_conditions(cfg.run_dir, store_of(cfg), seed, section.captions, True)
-        stage = unet_stage("base", section, conditions, sample_config(cfg), seed)
+        ours = [f"run_dir={folder}", f"faces.root={data}", f"seed={seed}"]
+        ours += [f"unets.base.train.clips={clips}", "unets.base.model.learned_variance=true"]
+        cfg = compose(*ours, *overrides)
+        settings = settings_of(cfg)
+        section, store = settings.unets["base"], store_of(settings)
+        conditions = load_conditions(settings.run_dir, store, seed, section.captions, True)
+        stage = unet_stage("base", section, conditions, settings.sample, seed)
         state = load_model(plain / "base" / "model.safetensors", "base").state
         stage.model.load_state_dict(stage.model.state_dict() | state)
         for name, parameter in stage.model.named_parameters():
             parameter.requires_grad_(name.startswith("variance."))
-        fit_loop(stage, section.train, run_config(cfg, "base"))
+        fit_loop(stage, section.train, run_config(settings, cfg, "base"))
 
 
 def sample(seeds: Sequence[int], data: str) -> None:
@@ -159,11 +159,11 @@ def draw_samples(data: str) -> None:
     """Six clips of val, and the first network's samples of their captions in 25 steps."""
     judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 6, "cpu")
     base, (condition, sample_ids) = judge.cascade.unets[0], judge.conditions[0]
-    model = base.unet.config
+    net, model = base.network, base.network.config
     rows = [to_uint8(to_float(judge.captions.frames, model.num_frames, model.image_size))]
     for gamma in (0.0, 1.0, None):
-        how = ClipSampling(sampler="ancestral", steps=25, gamma=gamma)
-        clips = sample_clips(base.unet, model, base.diffusion, condition, sample_ids, how, SEEDS[0])
+        how = UnetSampling(sampler="ancestral", steps=25, gamma=gamma)
+        clips = sample_clips(net, model, base.diffusion, condition, sample_ids, how, SEEDS[0])
         rows.append(to_uint8(clips))
     draw_clips(rows, ["clip", "beta~", "beta", "learned"], IMAGES / "learned_variance_samples.png")
 
@@ -175,7 +175,7 @@ def draw_spectrum(data: str) -> None:
     """
     judge = Judge(str(FOLDER / str(SEEDS[0])), data, "val", 64, "cpu")
     base, clip = judge.cascade.unets[0], judge.cascade.video_clip
-    model, video = base.unet.config, clip.config.video
+    net, model, video = base.network, base.network.config, clip.config.video
     text = judge.cascade.encode(judge.captions.lines)
     view = to_float(judge.captions.frames, video.num_frames, video.image_size)
     embedding = clip.encode_video(view)
@@ -187,7 +187,7 @@ def draw_spectrum(data: str) -> None:
         alpha, sigma = (float(one[0]) for one in alpha_sigma(log_snr))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
         z = alpha * x0 + sigma * noise
-        prediction, raw = split_output(base.unet(z, log_snr, condition), model.channels)
+        prediction, raw = split_output(net(z, log_snr, condition), model.channels)
         error = to_x0(base.diffusion.prediction, prediction, z, log_snr).clamp(-1, 1) - x0
         found = (to_frequencies(error) / sigma).square().mean(0).flatten()
         assert raw is not None

@@ -20,17 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
-from dalle2_video.config import from_config
+from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.store.dataset import Batch
 from dalle2_video.provenance import provenance
+from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.frozen_clip import load_conditions
 from dalle2_video.stages.unet import unet_stage
-from dalle2_video.stages.unet_section import UnetSection
-from dalle2_video.stages.wiring import sample_config, store_of
+from dalle2_video.stages.wiring import store_of
 from dalle2_video.training import checkpoint_files, checkpoints
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import make_optimizer
@@ -115,16 +114,15 @@ def main() -> None:
     parser.add_argument("--data", default="data/faces")
     parser.add_argument("overrides", nargs="*", help="key=value, as in configs/")
     a = parser.parse_args()
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", [f"run_dir={a.run_dir}", f"faces.root={a.data}", *a.overrides])
-    section = from_config(UnetSection, cfg.unets.base, "unets.base")
-    conditions = load_conditions(a.run_dir, store_of(cfg), 0, section.captions, load_frames=True)
+    settings = settings_of(compose(f"run_dir={a.run_dir}", f"faces.root={a.data}", *a.overrides))
+    section, store = settings.unets["base"], store_of(settings)
+    conditions = load_conditions(a.run_dir, store, 0, section.captions, load_frames=True)
     every = section.train.batch_size
     config = replace(
         section.train, optimizer="adamw", minutes=None, clips=every * (PAIRS + WARM + 1),
         log_every_clips=every, val_every_clips=None, save_every_clips=None,
     )  # fmt: skip
-    stage = unet_stage("base", section, conditions, sample_config(cfg), 0)
+    stage = unet_stage("base", section, conditions, settings.sample, 0)
     with tempfile.TemporaryDirectory(dir=ROOT) as temporary:
         pairs = Pairs(stage, config)
         timed = replace(stage, objective=pairs, val_set=None, samples=None)

@@ -18,10 +18,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from tqdm import tqdm
 
+from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_uint8
 from dalle2_video.data.sources.captions import EvaluationCaptions
@@ -35,7 +35,8 @@ from dalle2_video.pipeline.cascade import Cascade
 from dalle2_video.pipeline.sampling import sample_clips, sample_embeddings
 from dalle2_video.pipeline.sampling_config import SampleConfig
 from dalle2_video.provenance import provenance
-from dalle2_video.stages.wiring import sample_config, store_of
+from dalle2_video.stages.config_tree import settings_of
+from dalle2_video.stages.wiring import store_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -54,13 +55,12 @@ class Judge:
     def __init__(
         self, run_dir: str, data: str, split: str, clips: int, device: str | None = None
     ) -> None:
-        with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-            cfg = compose("config", [f"faces.root={data}"])
-        self.base = sample_config(cfg)
+        settings = settings_of(compose(f"faces.root={data}"))
+        self.base = settings.sample
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.cascade, self.probe = Cascade.load(run_dir, device), load_probe()
         policy = EvaluationCaptions()
-        dataset = CelebVTextDataset(store_of(cfg), split, 0, policy, first_windows=True)
+        dataset = CelebVTextDataset(store_of(settings), split, 0, policy, first_windows=True)
         self.captions = captions = captions_of(dataset, clips)
         attributes = read_attributes(Path(data) / "attributes.jsonl")
         self.truth = targets_of([attributes[clip] for clip in captions.clip_ids])
@@ -98,8 +98,8 @@ class Judge:
         for condition, sample_ids in self.conditions:
             begun = time.perf_counter()
             video = sample_clips(
-                base.unet,
-                base.unet.config,
+                base.network,
+                base.network.config,
                 base.diffusion,
                 condition,
                 sample_ids,
@@ -125,7 +125,7 @@ class Judge:
         }
 
 
-def settings_of(what: str, base: SampleConfig) -> dict[str, SampleConfig]:
+def points_of(what: str, base: SampleConfig) -> dict[str, SampleConfig]:
     """name -> setting of each point."""
     points: dict[str, SampleConfig] = {}
     if what == "curve":
@@ -206,7 +206,7 @@ def main() -> None:
             figures = before
     begun = provenance()  # before the first result makes the checkout a changed one
     judge = Judge(a.run_dir, a.data, split, clips)
-    for name, config in settings_of(a.what, judge.base).items():
+    for name, config in points_of(a.what, judge.base).items():
         setting = json.loads(json.dumps(asdict(config)))
         if figures["points"].get(name, {}).get("setting") == setting:
             continue

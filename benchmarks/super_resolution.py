@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 from tqdm import tqdm
 
 from dalle2_video import keyed
+from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.sheet import save_sheet
 from dalle2_video.data.media.tensors import to_float, to_uint8
@@ -37,10 +37,11 @@ from dalle2_video.evaluation.frechet import frechet_distance
 from dalle2_video.faces.probe import load_probe
 from dalle2_video.models.conditioning import Condition
 from dalle2_video.pipeline.loading import load_clip, load_prior, load_unet
-from dalle2_video.pipeline.sampling import Smaller, sample_clips, sample_embeddings
+from dalle2_video.pipeline.sampling import GivenLowRes, sample_clips, sample_embeddings
 from dalle2_video.provenance import provenance
+from dalle2_video.stages.config_tree import Settings, settings_of
 from dalle2_video.stages.frozen_clip import TextEncoder
-from dalle2_video.stages.wiring import sample_config, store_of
+from dalle2_video.stages.wiring import store_of
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,11 +67,11 @@ def train(what: str, run_dir: Path, minutes: float, overrides: list[str]) -> Pat
 class HeldOut:
     """The clips of val and heldout with what their captions say."""
 
-    def __init__(self, folder: Path, cfg) -> None:
-        store, policy = store_of(cfg), EvaluationCaptions()
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        store, policy = store_of(settings), EvaluationCaptions()
         clip, _ = load_clip(folder / "clip" / "model.safetensors")
         prior, diffusion, _ = load_prior(folder / "prior" / "model.safetensors")
-        encode, config = TextEncoder(clip), sample_config(cfg)
+        encode, config = TextEncoder(clip), settings.sample
         prior.to(DEVICE)
         frames, self.conditions, self.captions = [], [], []
         for split in ("val", "heldout"):
@@ -115,12 +116,12 @@ def high_energy(video: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]:
+def measure(what: str, folder: Path, settings: Settings, clips: int | None) -> dict[str, float]:
     """Figures of one network, and a picture."""
     unet, diffusion, _ = load_unet(folder / what / "model.safetensors", what)
     unet.to(DEVICE)
-    model, how = unet.config, sample_config(cfg).of(what, unet.config)
-    data, probe = HeldOut(folder, cfg), load_probe().network.to(DEVICE)
+    model, how = unet.config, settings.sample.of(what, unet.config)
+    data, probe = HeldOut(folder, settings), load_probe().network.to(DEVICE)
     truth = to_float(data.frames, model.num_frames, model.image_size)
     if what == "tsr":  # the quarter with the most motion
         motion = (truth[:, :, 1:] - truth[:, :, :-1]).abs().flatten(1).mean(1)
@@ -129,16 +130,16 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
         rows = list(range(len(truth)))
     rows = rows[:clips]
     truth = truth[rows]
-    low = to_float(data.frames[rows], model.num_lowres_frames, model.lowres_size)
+    lowres = to_float(data.frames[rows], model.num_lowres_frames, model.lowres_size)
     level = torch.full((len(rows),), 30.0)
-    fitted = fit(low, model.upscale)
+    fitted = fit(lowres, model.upscale)
     draws = DRAWS if what == "tsr" else 1
     samples = torch.empty(draws, *truth.shape)
     guess = torch.empty_like(truth)
     first = sampler_steps(diffusion.schedule, how.steps)[0]
     for start in tqdm(range(0, len(rows), BATCH), unit="batch"):
         part = slice(start, start + BATCH)
-        condition, small = data.condition(rows[part]), low[part].to(DEVICE)
+        condition, small = data.condition(rows[part]), lowres[part].to(DEVICE)
         for k in range(draws):
             sample_ids = torch.tensor([1000 * k + row for row in rows[part]])
             samples[k, part] = sample_clips(
@@ -146,10 +147,10 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
             ).cpu()
         z = keyed.randn(truth.shape[1:], 0, torch.tensor(rows[part]), "one step", DEVICE)
         log_snr = first.to(DEVICE).expand(len(small))
-        seen = Smaller(small, model, how.augmentation, 0, torch.tensor(rows[part]), "one step")
+        seen = GivenLowRes(small, model, how, 0, torch.tensor(rows[part]), "one step")
         out = unet(z, log_snr, condition, 0, None, seen.at(ALL))
         estimate = to_x0(diffusion.prediction, out, z, log_snr)
-        guess[part] = seen.to_pixels(estimate, ALL).clamp(-1, 1).cpu()
+        guess[part] = seen.task.to_pixels(estimate, seen.at(ALL)).clamp(-1, 1).cpu()
 
     def features(video: Tensor) -> Tensor:
         return probe.features(to_uint8(video).to(DEVICE)).cpu()
@@ -174,9 +175,9 @@ def measure(what: str, folder: Path, cfg, clips: int | None) -> dict[str, float]
         figures["frechet"] = float(np.mean([distance(one) for one in samples]))
     else:
         size = (model.image_size, model.image_size)
-        flat = low.transpose(1, 2).flatten(0, 1)
+        flat = lowres.transpose(1, 2).flatten(0, 1)
         bicubic = F.interpolate(flat, size, mode="bicubic").clamp(-1, 1)
-        bicubic = bicubic.unflatten(0, (len(low), -1)).transpose(1, 2)
+        bicubic = bicubic.unflatten(0, (len(lowres), -1)).transpose(1, 2)
         others = {"bicubic": bicubic}
         figures["psnr_one_step"] = psnr(guess, truth)
         figures["psnr_sample"] = psnr(samples[0], truth)
@@ -203,7 +204,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("tsr", "ssr"))
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--minutes", type=float, help="train it anew for so long")
+    parser.add_argument("--minutes", type=float, help="train it again for so long")
     parser.add_argument("--clips", type=int, help="no more than these")
     parser.add_argument("overrides", nargs="*", help="key=value as in configs/")
     given = parser.parse_intermixed_args()
@@ -211,9 +212,8 @@ def main() -> None:
     if given.minutes:
         overrides = [*(FOUR if given.what == "tsr" else []), *overrides]
         folder = train(given.what, folder, given.minutes, overrides)
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", overrides)
-    figures = measure(given.what, folder, cfg, given.clips)
+    settings = settings_of(compose(*overrides))
+    figures = measure(given.what, folder, settings, given.clips)
     log = (folder / given.what / "metrics.jsonl").read_text().splitlines()
     figures["clips_trained"] = json.loads(log[-1])["clips"]
     print(json.dumps(figures, indent=1))

@@ -5,9 +5,9 @@
 
 The packaged probe's features of each frame go into a small network over time, trained
 here on the clips of `train`: in which third of the clip the action starts. It is measured on real
-clips of val and heldout, by action, then reads samples of the whole cascade from heldout's captions.
-Beside both: the share of the most frequent third (chance), and the balanced accuracy, the mean over
-the thirds.
+clips of val and heldout, by action, then reads samples of the whole cascade from heldout's
+captions. Beside both: the share of the most frequent third (chance), and the balanced accuracy, the
+mean over the thirds.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from tqdm import trange
 
+from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.sources.captions import EvaluationCaptions
@@ -30,7 +30,8 @@ from dalle2_video.faces.probe import AttributeProbe, load_probe
 from dalle2_video.faces.writer import read_attributes
 from dalle2_video.pipeline.cascade import Cascade, sampling_bar
 from dalle2_video.provenance import provenance
-from dalle2_video.stages.wiring import sample_config, store_of
+from dalle2_video.stages.config_tree import settings_of
+from dalle2_video.stages.wiring import store_of
 
 ROOT = Path(__file__).parents[1]
 THIRDS = 3
@@ -117,13 +118,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("overrides", nargs="*", help="key=value as in configs/")
     given = parser.parse_intermixed_args()
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("config", given.overrides)
-    store, policy = store_of(cfg), EvaluationCaptions()
-    known = read_attributes(Path(cfg.data.root) / "attributes.jsonl")
+    settings = settings_of(compose(*given.overrides))
+    store, policy = store_of(settings), EvaluationCaptions()
+    known = read_attributes(Path(settings.data.root) / "attributes.jsonl")
     probe = load_probe().network
-    cascade = Cascade.load(given.run_dir, order=list(cfg.cascade))
-    number = cascade.unets[-1].unet.config.num_frames
+    cascade = Cascade.load(given.run_dir, order=settings.cascade)
+    number = cascade.unets[-1].network.config.num_frames
 
     def real(split: str) -> tuple[Tensor, list[FaceAttributes]]:
         dataset = CelebVTextDataset(store, split, 0, policy)
@@ -143,10 +143,10 @@ def main() -> None:
             figures |= scores(f"real_{split}", reader(x).argmax(1), thirds(clips), clips)
     print(json.dumps(figures, indent=1))
     dataset = CelebVTextDataset(store, "heldout", 0, policy, first_windows=True)
-    captions, config = captions_of(dataset, given.clips), sample_config(cfg)
+    captions, config = captions_of(dataset, given.clips), settings.sample
     clips = [known[clip_id] for clip_id in captions.clip_ids]
-    with sampling_bar(cascade.num_sampler_steps(len(clips), config)) as report:
-        frames = cascade.sample(captions.lines, config, report=report)
+    with sampling_bar(cascade.num_sampler_steps(len(clips), config)) as progress:
+        frames = cascade.sample(captions.lines, config, progress=progress)
     with torch.no_grad():
         found = reader(features(probe, frames, number)).argmax(1)
     figures |= scores("sampled_combo", found, thirds(clips), clips)

@@ -191,9 +191,9 @@ FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_
 def flops_of(forward: Step) -> float:
     """FLOPs of a forward pass, as torch counts them."""
     counting = FlopCounterMode(display=False, custom_mapping=FUSED)
-    with torch.no_grad(), counting as sample_id:
+    with torch.no_grad(), counting as counter:
         forward()
-    return float(sample_id.get_total_flops())
+    return float(counter.get_total_flops())
 
 
 def training_step(net: nn.Module, forward: Step) -> Callable[[], None]:
