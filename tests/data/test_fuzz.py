@@ -19,6 +19,7 @@ from tests.helpers.media import captions, clip_id, write_video, write_zip
 from tests.helpers.stores import config, manifest, tree
 
 GOOD = range(900, 906)
+pytestmark = pytest.mark.usefixtures("warm_workers")
 
 
 def real_video(seed: int) -> bytes:

@@ -12,6 +12,8 @@ import pytest
 
 from dalle2_video.data.preprocess.pool import LOST_IN_A_ROW, WorkerLost, WorkerPool
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 
 def work(number: int, folder: str | None = None, data: bytes = b"") -> tuple[int, int, np.ndarray]:
     """Fails at 3; the worker is killed at 5, at its first try; big in and out."""
@@ -39,6 +41,17 @@ def die_if_odd(number: int) -> int:
 def sleep(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
+
+
+def note_and_sleep(file: str) -> None:
+    with open(file, "a") as calls:
+        calls.write("called\n")
+    time.sleep(5)
+
+
+def echo(data: bytes) -> bytes:
+    time.sleep(0.05)
+    return data
 
 
 def interrupted(number: int) -> int:
@@ -97,24 +110,37 @@ def test_losses_with_results_in_between_do_not_end_the_run(monkeypatch) -> None:
 
 
 def test_the_time_limit_is_that_of_one_call() -> None:
-    """Not of the calls before it that wait in the same worker, nor of a caller who takes long."""
+    """Not of those before it in the same worker, and without the time that the worker is idle."""
     with WorkerPool(sleep, 1, ["tests.data.test_pool"], seconds=0.6) as pool:
-        tasks = (
-            [(k, (0.25,)) for k in range(4)] + [(4, (5.0,))] + [(k, (0.0,)) for k in range(5, 9)]
-        )
-        for k, future in pool.map(iter(tasks)):
-            if k == 4:
-                with pytest.raises(WorkerLost, match=r"it took longer than 0\.6 s"):
-                    future.result()
-            else:
-                assert future.result() == (0.25 if k < 4 else 0.0)
-            if k > 4:
-                time.sleep(0.8)
+        for tasks in ([(k, (0.25,)) for k in range(4)], [(4, (0.25,))]):
+            assert all(future.result() == 0.25 for _, future in pool.map(tasks))
+            time.sleep(0.8)
+        ((_, future),) = pool.map([(5, (5.0,))])
+        with pytest.raises(WorkerLost, match=r"it took longer than 0\.6 s"):
+            future.result()
+
+
+def test_a_call_over_the_limit_is_made_once(tmp_path: Path) -> None:
+    with WorkerPool(note_and_sleep, 1, ["tests.data.test_pool"], seconds=0.3) as pool:
+        ((_, future),) = pool.map([(0, (str(tmp_path / "calls"),))])
+        with pytest.raises(WorkerLost, match="it took longer"):
+            future.result()
+    assert (tmp_path / "calls").read_text() == "called\n"
+
+
+def test_large_tasks_and_results_do_not_wait_for_each_other() -> None:
+    """Larger than what the system buffers in either direction."""
+    tasks = [(k, (os.urandom(3_000_000),)) for k in range(8)]
+    with WorkerPool(echo, 2, ["tests.data.test_pool"], seconds=20) as pool:
+        for (k, future), (_, (data,)) in zip(pool.map(tasks), tasks, strict=True):
+            assert future.result() == data, f"task {k}"
 
 
 def test_the_start_of_a_worker_does_not_count(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "slow_to_import.py").write_text(
-        "import time\ntime.sleep(1)\ndef work(number): return number\n"
+        "import multiprocessing, time\n"
+        "time.sleep(1.5 if multiprocessing.parent_process() else 0)\n"
+        "def work(number): return number\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import slow_to_import  # type: ignore[import-not-found]

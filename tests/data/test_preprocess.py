@@ -32,6 +32,8 @@ from tests.helpers.launching import ROOT
 from tests.helpers.media import captions, clip_id, grey_steps, index_first, write_video, write_zip
 from tests.helpers.stores import clips, config, manifest, skipped, tree, video
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
+
 # ---------------------------------------------------------------- what is kept
 
 
@@ -104,10 +106,11 @@ def test_other_forms_give_the_same_store(tmp_path: Path, form: str) -> None:
 
 
 def test_long_lines_are_split_counted_and_lose_nothing(tmp_path: Path) -> None:
-    """Mistake 11 of PAPERS.md section 10, on the way from a file to the tokens on disk."""
+    """A known mistake of such code, on the way from a file to the tokens on disk."""
     text = ", ".join(f"the woman turns her head to side number {k} and smiles" for k in range(20))
     write_zip(tmp_path / "x.zip", clips(1), {clip_id(1): {"action_dur": text.encode()}})
-    assert preprocess(config(tmp_path)).lines_split == 1
+    write_zip(tmp_path / "y.zip", clips(2))
+    assert preprocess(config(tmp_path)).lines_split == manifest(tmp_path)["lines_split"] == 1
     lines = open_store(config(tmp_path)).lines(0)["action_dur"]
     assert len(lines) > 2 and all(len(line.tokens) <= 77 for line in lines)
     assert [t for line in lines for t in line.tokens[1:-1]] == list(encode(text))
@@ -190,6 +193,20 @@ def test_a_clip_in_two_archives_is_taken_once(tmp_path: Path) -> None:
     assert open_store(config(tmp_path)).clip_ids == [clip_id(3), clip_id(1), clip_id(2)]
     (item,) = manifest(tmp_path)["skipped"]
     assert item["archive"] == "a.zip" and item["cause"] == "a second copy: shard b holds this clip"
+
+
+def test_whatever_a_damaged_file_sets_off_costs_its_clip_only(tmp_path: Path, monkeypatch) -> None:
+    write_zip(tmp_path / "a.zip", clips(1, 2))
+
+    def decode(data: bytes, *more) -> object:
+        if data == video(1):
+            raise IndexError("list index out of range")
+        return decode_clip(data, *more)
+
+    monkeypatch.setattr("dalle2_video.data.preprocess.run.decode_clip", decode)
+    assert preprocess(config(tmp_path)).clips == 1
+    (cause,) = skipped(tmp_path).values()
+    assert cause == "unreadable: IndexError: list index out of range"
 
 
 def test_an_archive_of_bad_clips_alone_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -413,6 +430,19 @@ def test_overwrite_takes_nothing_over_from_a_stopped_run(tmp_path: Path, monkeyp
     )
     preprocess(config(tmp_path, overwrite=True))
     assert len(decoded) == 2
+
+
+def test_an_archive_that_changes_after_a_stop_is_read_again(tmp_path: Path, monkeypatch) -> None:
+    write_zip(tmp_path / "a.zip", {clip_id(1): video(1)})
+    with monkeypatch.context() as patch:
+        patch.setattr("dalle2_video.data.preprocess.run.write_texts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preprocess(config(tmp_path))
+    other = write_video(grey_steps(20, step=9))
+    write_zip(tmp_path / "a.zip", {clip_id(1): other})
+    preprocess(config(tmp_path))
+    expected = decode_clip(other, 5.0, 6, 16).frames
+    assert np.array_equal(open_store(config(tmp_path)).frames([0])[0], expected)
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
