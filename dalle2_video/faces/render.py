@@ -95,14 +95,14 @@ def _bumps(canvas, skin, person, light, hx, hy, turn, head, ears, pixel) -> None
         rows, columns = near.any((0, 2)).nonzero()[0], near.any((0, 1)).nonzero()[0]
         if not len(rows):
             continue  # outside the frame
-        window = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        part = ellipsoid(hx[window], hy[window], turn, axes, centre, pixel)
-        front = np.clip((part.z - head.z[window]) / 0.05 + 1 - head.alpha[window], 0, 1)
+        box = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        part = ellipsoid(hx[box], hy[box], turn, axes, centre, pixel)
+        front = np.clip((part.z - head.z[box]) / 0.05 + 1 - head.alpha[box], 0, 1)
         alpha = part.alpha * front
         shade = tone * light.shade(part.normal) * (1 - 0.25 * smoothstep(0.45, 0.95, part.v))
         shine = 0.12 * light.specular(part.normal, 5)
         for plane, flesh in zip(canvas, skin, strict=True):
-            _blend(plane[window], flesh * shade + shine, alpha)
+            _blend(plane[box], flesh * shade + shine, alpha)
 
 
 def _hair(canvas, style, colour, person, light, hx, hy, turn, pixel) -> None:
