@@ -138,8 +138,8 @@ def test_large_tasks_and_results_do_not_wait_for_each_other() -> None:
 
 def test_the_start_of_a_worker_does_not_count(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "slow_to_import.py").write_text(
-        "import multiprocessing, time\n"
-        "time.sleep(1.5 if multiprocessing.parent_process() else 0)\n"
+        "import os, time\n"
+        f"time.sleep(0 if os.getpid() == {os.getpid()} else 1.5)\n"
         "def work(number): return number\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
