@@ -166,7 +166,7 @@ def find_sources(root: str | os.PathLike[str]) -> Catalogue:
         lower = path.name.lower()
         if lower.endswith(ARCHIVE_SUFFIXES):
             relative = path.name if path == root else str(path.relative_to(root))
-            suffix = max((s for s in ARCHIVE_SUFFIXES if lower.endswith(s)), key=len)
+            suffix = next(s for s in ARCHIVE_SUFFIXES if lower.endswith(s))
             _list_archive(path, relative[: -len(suffix)], members)
         elif path != root and lower.endswith((*VIDEO_SUFFIXES, ".txt")):
             relative = path.relative_to(root)
