@@ -92,7 +92,7 @@ def test_the_table_stands_at_the_start_and_the_peak_at_the_end(tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     found = [line for line in lines if "memory" in line]
     names = ["weights", "gradients", "optimizer", "EMA", "activations", "together", "device has"]
-    assert all(name in line for name, line in zip(names, told, strict=False))
+    assert all(name in line for name, line in zip(names, found, strict=False))
     assert "measured peak" in lines[-1]
     gigabytes = float(lines[-1].split("GB")[0].split()[-1])
     assert 0.1 < gigabytes <= peak_bytes(torch.device("cpu")) / 1e9 + 0.01
