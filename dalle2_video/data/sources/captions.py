@@ -246,9 +246,9 @@ class CaptionPolicy:
     (seed, sample_id).
 
     With probability `all_probability` every category stays, otherwise a random 1 to all of them,
-    each number equally likely; so a single line is familiar. Each kept category gives one line. With
-    `join_probability` the lines are joined into one or a few longer ones (random cuts), so a free
-    sentence that says several things is familiar.
+    each number equally likely; so a single line is familiar. Each kept category gives one line.
+    With `join_probability` the lines are joined into one or a few longer ones (random cuts), so a
+    free sentence that says several things is familiar.
     order: of the lines that are joined, "random" or "fixed", which is that of CATEGORIES (lines by
     themselves are a set: their order has no meaning). presence: category -> probability that it
     takes part at all, 1 where it is not named; a clip keeps one category at least.
