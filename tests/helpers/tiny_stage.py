@@ -82,7 +82,7 @@ def broken(at: set[int], value: float = float("nan")) -> Callable[..., Loss]:
 
     def wrapped(model: nn.Module, batch: TinyBatch, step: StepInfo) -> Loss:
         loss = objective(model, batch, step)
-        return Loss(loss.loss * value if int(step.sample_ids[0]) in at else loss.loss)
+        return Loss(loss.loss * value) if int(step.sample_ids[0]) in at else loss
 
     return wrapped
 
