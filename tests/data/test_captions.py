@@ -78,7 +78,7 @@ def test_an_empty_text_is_an_error(text: str | list[str]) -> None:
     ],
 )
 def test_nothing_is_truncated(text: str) -> None:
-    """Mistake 11 of PAPERS.md section 10: text beyond 77 tokens never reached the model."""
+    """A known mistake of such code: text beyond 77 tokens never reached the model."""
     assert len(encode(text)) + 2 > CONTEXT
     for lines in (split_line(text), text_to_lines(text)):
         assert all(len(to_line(line).tokens) <= CONTEXT for line in lines)

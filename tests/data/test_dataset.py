@@ -159,7 +159,7 @@ def test_captions_change_from_meeting_to_meeting_but_not_between_runs(store: Cli
 
 
 def test_splits_share_no_person(store: ClipStore) -> None:
-    """Mistake 10 of PAPERS.md section 10: the same person on both sides."""
+    """A known mistake of such code: the same person on both sides."""
     people = {split: {youtube_id(key) for key in dataset(store, split).keys()} for split in SPLITS}
     assert people["train"] and people["val"] and not people["train"] & people["val"]
     for split, ids in people.items():
@@ -186,7 +186,7 @@ def embedding(key: str) -> torch.Tensor:
 
 
 def test_embeddings_are_paired_by_key_whatever_the_order(store: ClipStore, tmp_path: Path) -> None:
-    """Mistake 1 of PAPERS.md section 10: a shuffled loader wrote them, an index paired them."""
+    """A known mistake of such code: a shuffled loader wrote them, an index paired them."""
     data = dataset(store)
     shuffled = [data.pointer(sample_id).key for sample_id in range(len(data))]
     assert shuffled != data.keys()

@@ -20,7 +20,7 @@ from tests.helpers.media import PATCHES, patch_colours, patches, set_display_mat
 @pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
 @pytest.mark.parametrize("matrix", ["bt601", "bt709"])
 def test_colours_by_matrix_and_range(matrix: str, full: bool, pix_fmt: str) -> None:
-    """Mistake 4 of PAPERS.md section 10 (BGR taken for RGB, range mixed up) would fail here."""
+    """A known mistake (BGR taken for RGB, range mixed up) would fail here."""
     video = write_video(patches(), matrix=matrix, full=full, pix_fmt=pix_fmt)
     clip = decode_clip(video, 10.0, 2, 64)
     assert np.abs(patch_colours(clip.frames[0]) - PATCHES).max() <= 2.5

@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_all_clips_of_one_video_are_in_one_split() -> None:
-    """Mistake 10 of PAPERS.md section 10: split by index put one person on both sides."""
+    """A known mistake of such code: split by index put one person on both sides."""
     splits: dict[str, set[str]] = {}
     for person in range(300):
         for n in range(3):
@@ -120,7 +120,7 @@ def test_shards_are_numbered_by_name(tmp_path: Path) -> None:
 
 
 def test_a_clip_is_stored_as_uint8_in_one_piece(root: Path) -> None:
-    """Mistake 9 of PAPERS.md section 10: float32 clips at full size took 90 MB each."""
+    """A known mistake of such code: float32 clips at full size took 90 MB each."""
     path = shard_paths(root, "a_archive")[0]
     with h5py.File(path) as file:
         frames = file["frames"]

@@ -11,7 +11,7 @@ from dalle2_video.data.media.tensors import to_float, to_uint8
 
 
 def test_axes_and_range() -> None:
-    """Mistake 4 of PAPERS.md section 10: one axis order and one range, converted in one place."""
+    """A known mistake of such code: one axis order and one range, converted in one place."""
     frames = torch.zeros(2, 5, 4, 6, 3, dtype=torch.uint8)
     frames[1, 3, 2, 4] = torch.tensor([255, 0, 51])
     video = to_float(frames)
