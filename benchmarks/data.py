@@ -45,7 +45,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import DataConfig, Settings
+from dalle2_video.data.config import DataConfig, StoreSettings
 from dalle2_video.data.preprocess.pool import WorkerPool
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.archives import Member, find_sources
@@ -58,7 +58,7 @@ from dalle2_video.faces.plan import plan
 from dalle2_video.faces.writer import FaceFormat, draw_clip
 from dalle2_video.provenance import provenance
 
-SETTINGS = Settings(8.0, 16, 64)
+SETTINGS = StoreSettings(8.0, 16, 64)
 RATE, SECONDS, SIDE, BITS = 25, 14, 512, 5_700_000
 STRAIGHT_FRAMES, STRAIGHT_SIDE = 150, 224
 SPLITS = {"train": 0.9, "val": 0.05, "test": 0.05}
@@ -222,7 +222,7 @@ def _ratio(a: list[float], b: list[float]) -> float:
 # ---------------------------------------------------------------- reading
 
 
-def write_big_store(root: Path, shards: int, per_shard: int, settings: Settings) -> None:
+def write_big_store(root: Path, shards: int, per_shard: int, settings: StoreSettings) -> None:
     """A store of noise with short texts."""
     noise = np.random.default_rng(0).integers(0, 256, (64, *settings.shape), dtype=np.uint8)
     timestamps = np.arange(settings.num_frames) / settings.fps
@@ -299,7 +299,7 @@ def bench_index(out: Path) -> dict:
     """70,000 clips of 2 x 2 px over 70 shards."""
     root = out / "index70"
     if not root.exists():
-        write_big_store(root, 70, 1_000, Settings(8.0, 2, 2))
+        write_big_store(root, 70, 1_000, StoreSettings(8.0, 2, 2))
     begun = time.perf_counter()
     store = ClipStore.open(root, SPLITS)
     opened = time.perf_counter()

@@ -11,7 +11,7 @@ CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("r
 
 
 @dataclass(frozen=True)
-class Settings:
+class StoreSettings:
     """How the clips of a store were made.
 
     fps, num_frames, size: frames per second, frames per window, side in pixels. span: "first" takes
@@ -51,7 +51,7 @@ class DataConfig:
     """Section `data`.
 
     name: a label. root: the folder of the archives. out: of the store, None = root. fps,
-    num_frames, size, span, windows, encoding: how the clips are stored, see Settings. splits: name
+    num_frames, size, span, windows, encoding: how the clips are stored, see StoreSettings. splits: name
     -> fraction, with split_seed. workers: processes, 0 = none. seconds_per_clip: a clip that keeps
     a worker longer is left out; None = no limit. overwrite: make shards again that are there.
     """
@@ -84,9 +84,9 @@ class DataConfig:
         return Path(self.out or self.root)
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> StoreSettings:
         """How the frames are made."""
-        return Settings(
+        return StoreSettings(
             fps=float(self.fps),
             num_frames=self.num_frames,
             size=self.size,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle2_video.data.config import Settings
+from dalle2_video.data.config import StoreSettings
 from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
 from dalle2_video.data.store.dataset import (
@@ -40,7 +40,7 @@ CLIPS = [clip_id(person, n) for person in range(25) for n in range(2)]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ClipStore:
     root = tmp_path_factory.mktemp("store")
-    write_store(root, {"a": CLIPS[:30], "b": CLIPS[30:]}, Settings(8.0, 2, 8))
+    write_store(root, {"a": CLIPS[:30], "b": CLIPS[30:]}, StoreSettings(8.0, 2, 8))
     return ClipStore.open(root, SPLITS)
 
 
@@ -167,7 +167,7 @@ def test_splits_share_no_person(store: ClipStore) -> None:
 
 
 def test_an_empty_split_and_a_foreign_pointer(store: ClipStore, tmp_path: Path) -> None:
-    write_store(tmp_path, {"a": [clip_id(1)]}, Settings(8.0, 2, 8))
+    write_store(tmp_path, {"a": [clip_id(1)]}, StoreSettings(8.0, 2, 8))
     lone = ClipStore.open(tmp_path, {"train": 0.0, "val": 1.0})
     with pytest.raises(StoreError, match=r"split 'train' of .* has none of its 1 clips"):
         dataset(lone)
@@ -357,7 +357,7 @@ def test_images_come_with_their_own_captions_in_an_order_of_their_own(store: Cli
 
 def test_images_are_drawn_of_all_frames_with_captions_of_their_own_draw(tmp_path: Path) -> None:
     """One clip of four frames: each frame is met, and the lines are not those of the clip."""
-    settings = Settings(8.0, 4, 8)
+    settings = StoreSettings(8.0, 4, 8)
     write_store(tmp_path, {"a": [clip_id(1)]}, settings)
     with ShardWriter(tmp_path, "a", settings, 1) as writer:
         writer.append(grey_steps(4, 8, 8, step=10), np.arange(4) / 8)
@@ -384,7 +384,7 @@ def test_images_do_not_depend_on_ranks_and_workers(store: ClipStore) -> None:
 
 @pytest.mark.parametrize("encoding", ["raw", "h264"])
 def test_stills_are_the_frames_of_their_windows(tmp_path: Path, encoding: str) -> None:
-    settings = Settings(8.0, 4, 16, encoding=encoding)
+    settings = StoreSettings(8.0, 4, 16, encoding=encoding)
     frames = np.random.default_rng(0).integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8)
     windows = [encode_window(f, 8.0) for f in frames] if encoding == "h264" else list(frames)
     with ShardWriter(tmp_path, "a", settings, 3, sum(w.size for w in windows)) as writer:

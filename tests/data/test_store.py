@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dalle2_video.data.atomic import whole, write_json
-from dalle2_video.data.config import Settings
+from dalle2_video.data.config import StoreSettings
 from dalle2_video.data.sources.captions import encode, to_line
 from dalle2_video.data.store.shard import ShardWriter, StoreError, shard_paths
 from dalle2_video.data.store.splits import split_of, youtube_id
@@ -23,7 +23,7 @@ from dalle2_video.data.store.store import ClipStore, Place
 from dalle2_video.data.store.texts import ShardTexts, write_texts
 from tests.helpers.media import clip_id, clip_value, write_store
 
-SETTINGS = Settings(8.0, 4, 16)
+SETTINGS = StoreSettings(8.0, 4, 16)
 SPLITS = {"train": 0.8, "val": 0.1, "test": 0.1}
 SHARDS = {
     "b_archive": [clip_id(person, n) for person in range(10) for n in range(2)],
@@ -246,7 +246,7 @@ def test_mixed_settings_and_double_clips_are_refused(root: Path, tmp_path: Path)
     write_store(root, {"c": SHARDS["a_archive"][:1]}, SETTINGS)
     with pytest.raises(StoreError, match="is in two shards: a_archive, c"):
         ClipStore.open(root, SPLITS)
-    write_store(root, {"c": [clip_id(500)]}, Settings(4.0, 4, 16))
+    write_store(root, {"c": [clip_id(500)]}, StoreSettings(4.0, 4, 16))
     with pytest.raises(StoreError, match=r"c\.json was made with"):
         ClipStore.open(root, SPLITS)
 

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dalle2_video.data.config import Settings
+from dalle2_video.data.config import StoreSettings
 from dalle2_video.data.media.decode import MOST_WINDOWS, decode_clip, decode_window
 from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
@@ -238,11 +238,11 @@ def test_a_damaged_encoded_store_is_named(tmp_path: Path) -> None:
 
 def test_settings_that_contradict_each_other_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="windows must be one"):
-        Settings(8.0, 2, 8, span="full", windows="all")
+        StoreSettings(8.0, 2, 8, span="full", windows="all")
     with pytest.raises(ValueError, match="encoding must be raw or h264, not png"):
         replace(config(tmp_path), encoding="png")
     with pytest.raises(ValueError, match="must be positive"):
-        Settings(0.0, 2, 8)
+        StoreSettings(0.0, 2, 8)
 
 
 def test_a_store_of_an_older_format_is_made_again(tmp_path: Path, capsys) -> None:
@@ -271,7 +271,7 @@ def test_parts_make_a_store_of_an_older_format_again(tmp_path: Path) -> None:
 
 
 def test_the_writer_needs_the_number_of_bytes(tmp_path: Path) -> None:
-    settings = Settings(8.0, 2, 8, encoding="h264")
+    settings = StoreSettings(8.0, 2, 8, encoding="h264")
     with (
         pytest.raises(ValueError, match="4 bytes is full"),
         ShardWriter(tmp_path, "s", settings, 1, 4) as writer,

@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import Settings
+from dalle2_video.data.config import StoreSettings
 from dalle2_video.data.sources.captions import to_line
 from dalle2_video.data.store.shard import FORMAT, ShardWriter, shard_paths
 from dalle2_video.data.store.texts import write_texts
@@ -179,7 +179,7 @@ def write_zip(
                 file.writestr(f"texts/{category}/{clip}.txt", text)
 
 
-def write_store(root: Path, shards: Mapping[str, Sequence[str]], settings: Settings) -> None:
+def write_store(root: Path, shards: Mapping[str, Sequence[str]], settings: StoreSettings) -> None:
     """A store without any video behind it: row i of a shard is filled with a value of its clip."""
     for shard, clips in shards.items():
         with ShardWriter(root, shard, settings, len(clips)) as writer:

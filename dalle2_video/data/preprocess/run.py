@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import DataConfig, Settings
+from dalle2_video.data.config import DataConfig, StoreSettings
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
@@ -112,7 +112,7 @@ def _is_there(config: DataConfig, source: Source, log: Callable[[str], None]) ->
     except StoreError as error:
         log(f"{error}; it is made again")
         return False
-    if Settings(**index["settings"]) != config.settings:
+    if StoreSettings(**index["settings"]) != config.settings:
         raise StoreError(
             f"{path} was made with {index['settings']}, data asks for {asdict(config.settings)}: "
             "choose another data.out or set data.overwrite=true"
@@ -137,7 +137,7 @@ def _known_clips(config: DataConfig, todo: set[str], elsewhere: set[str]) -> dic
         if path.stem in todo or (path.stem in elsewhere and not is_whole_index(path)):
             continue
         index = read_index(path)
-        if Settings(**index["settings"]) != config.settings:
+        if StoreSettings(**index["settings"]) != config.settings:
             raise StoreError(
                 f"{path} was made with {index['settings']} and its archive is not here: choose "
                 "another data.out, or delete that index file, its shard and its texts"
@@ -211,7 +211,7 @@ def _make_shard(
 
 
 def _tasks(
-    source: Source, settings: Settings, known: dict[str, str], have: set[str]
+    source: Source, settings: StoreSettings, known: dict[str, str], have: set[str]
 ) -> Iterator[tuple[str, tuple | None]]:
     """(clip, arguments of `_make_clip`); None for a second copy of a clip of another shard."""
     for clip, member, data in source.stream():
@@ -240,7 +240,7 @@ def _make_clip(
     member: Member,
     data: bytes | None,
     texts: Mapping[str, Member],
-    settings: Settings,
+    settings: StoreSettings,
 ) -> tuple[dict[str, Any], list[np.ndarray] | None]:
     """What the journal lists of a clip, and its windows as stored, or None. Runs in a worker."""
     lines, notes, lines_split = _read_texts(texts, clip)

@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 
 from dalle2_video.data.atomic import whole
-from dalle2_video.data.config import Settings
+from dalle2_video.data.config import StoreSettings
 
 FORMAT = 3
 TIMESTAMPS = "times"  # the data set's name belongs to the file format and stays
@@ -83,7 +83,7 @@ class ShardWriter:
         self,
         root: str | os.PathLike[str],
         shard: str,
-        settings: Settings,
+        settings: StoreSettings,
         rows: int,
         num_bytes: int = 0,
     ) -> None:
@@ -146,7 +146,7 @@ class ShardReader:
     1 MB in every worker, and a read through it takes four times as long.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, settings: StoreSettings) -> None:
         self.path, self.shape = path, settings.shape
         raw = settings.encoding == "raw"
         with h5py.File(path, "r", locking=False) as file:
@@ -202,7 +202,7 @@ class ShardReader:
             rest, place = rest[read:], place + read
 
 
-def check_shard(root: Path, shard: str, settings: Settings, rows: int) -> None:
+def check_shard(root: Path, shard: str, settings: StoreSettings, rows: int) -> None:
     video, text, _ = shard_paths(root, shard)
     for path in (video, text):
         if not path.is_file():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalle2_video.data.config import DataConfig, Settings
+from dalle2_video.data.config import DataConfig, StoreSettings
 from dalle2_video.data.media.decode import decode_window
 from dalle2_video.data.media.frame import ClipError
 from dalle2_video.data.sources.captions import Line
@@ -47,7 +47,7 @@ class ClipStore:
     def __init__(
         self,
         root: Path,
-        settings: Settings,
+        settings: StoreSettings,
         clips: list[Place],
         splits: Mapping[str, float],
         split_seed: int,
@@ -78,11 +78,11 @@ class ClipStore:
         if not paths:
             raise StoreError(f"{root} holds no preprocessed clips (index/*.json): run preprocess")
         clips: list[Place] = []
-        settings: Settings | None = None
+        settings: StoreSettings | None = None
         home: dict[str, str] = {}
         for path in paths:
             index = read_index(path)
-            made = Settings(**index["settings"])
+            made = StoreSettings(**index["settings"])
             if settings is not None and made != settings:
                 raise StoreError(f"{path} was made with {made}, other shards with {settings}")
             settings = made
