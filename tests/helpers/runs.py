@@ -71,6 +71,14 @@ SMALL = [
     *[f"{key}.train.{setting}" for _, key in STAGES.values() for setting in STEPS],
 ]
 
+# Overrides of a cascade: 4 frames of 16 px -> 8 of 16 -> 8 of 32
+CHAIN = [
+    "cascade=[base,tsr,ssr]",
+    "unets.base.model.image_size=16",
+    "unets.base.model.num_frames=4",
+]
+ORDER = ("base", "tsr", "ssr")
+
 
 def train(stage: str, cfg: DictConfig) -> None:
     """One stage by its entry script."""

@@ -49,7 +49,7 @@ def test_batch_is_independent_and_permutes() -> None:
 
 
 def test_frames_see_each_other_only_through_temporal_attention() -> None:
-    """PAPERS.md 10, no. 5: "factorised space-time attention" with no temporal attention in it."""
+    """A known mistake of open code: "factorised attention" without any over time."""
     net = awake(Unet3D(SMALL, 24, 12))
     z, log_snr, condition = inputs()
     changed = z.clone()
@@ -184,7 +184,7 @@ def test_overfits_one_batch() -> None:
 
 
 def test_activation_checkpointing_runs_blocks_again_and_changes_no_gradient() -> None:
-    """PAPERS.md 10, no. 6: gradient checkpointing that matched no module."""
+    """A known mistake of open code: gradient checkpointing that matched no module."""
     z, log_snr, condition = inputs()
 
     def train(checkpointing: bool) -> tuple[dict[str, torch.Tensor], int, int]:

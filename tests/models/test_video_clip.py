@@ -195,7 +195,7 @@ def test_the_order_of_lines_and_empty_slots_does_not_matter(model):
 
 
 def test_all_that_six_captions_say_reaches_the_model(model):
-    # Mistake 11: six captions joined and truncated at 77 tokens.
+    # A known mistake of open code: six captions joined, and cut off at 77 tokens.
     lines = [f"line {i} " + "with a good many words of its own " * 4 + "end" for i in range(6)]
     packed = tokenize([lines])
     text = model.encode_text(packed.tokens, packed.line_index)
@@ -242,7 +242,7 @@ def test_every_parameter_gets_a_gradient_and_is_in_the_optimizer_once(model):
     groups = param_groups(model, 0.1)
     listed = [id(p) for group in groups for p in group["params"]]
     assert sorted(listed) == sorted(id(p) for p in model.parameters())
-    # Mistake 7: the CLIP temperature was in no optimizer. It has no weight decay either.
+    # A known mistake of open code: the temperature in no optimizer. It has no weight decay either.
     home = [g for g in groups if any(p is model.log_logit_scale for p in g["params"])]
     assert [g["weight_decay"] for g in home] == [0.0]
 

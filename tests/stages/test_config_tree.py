@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dalle2_video.cli import compose
 from dalle2_video.config import ConfigError
@@ -93,3 +94,36 @@ def test_what_does_not_fit_is_one_line(overrides: list[str], message: str) -> No
     with pytest.raises(ConfigError, match=message) as caught:
         settings_of(compose(*overrides))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("experiment", ["demo", "celebvtext_256"])
+def test_every_value_of_a_stage_can_be_set(experiment: str) -> None:
+    """No section is a reference to another one's, which could not be overridden."""
+    keys = (
+        "model.dim",
+        "diffusion.shift",
+        "captions.join_probability",
+        "cond_dropout.text",
+        "train.lr",
+    )
+    for key in keys:
+        cfg = compose(f"experiment={experiment}", *(f"unets.{u}.{key}=7" for u in ("tsr", "ssr")))
+        assert OmegaConf.select(cfg.unets.tsr, key) == OmegaConf.select(cfg.unets.ssr, key) == 7
+        assert OmegaConf.select(cfg.unets.base, key) != 7
+
+
+def test_the_default_configurations_chain() -> None:
+    """Each U-Net takes what the one before it makes, and the last fills the store."""
+    for experiment in ("demo", "celebvtext_256"):
+        cfg = compose(f"experiment={experiment}")
+        before = None
+        for name in cfg.cascade:
+            model = cfg.unets[name].model
+            assert cfg.data.num_frames % model.num_frames == cfg.data.size % model.image_size == 0
+            if before is not None:
+                assert (model.num_lowres_frames, model.lowres_size) == (
+                    before.num_frames,
+                    before.image_size,
+                )
+            before = model
+        assert (before.num_frames, before.image_size) == (cfg.data.num_frames, cfg.data.size)

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle2_video.cli import compose
 from dalle2_video.config import ConfigError
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import Settings
+from dalle2_video.data.config import StoreSettings
 from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions, to_line
 from dalle2_video.data.store.dataset import CelebVTextDataset
@@ -63,7 +63,7 @@ def write_store(root: Path, num_clips: int = 64) -> None:
     names = list(COLOURS)
     random = np.random.default_rng(0)
     texts, clips = [], []
-    with ShardWriter(root, "colours", Settings(4.0, 4, 16), num_clips) as writer:
+    with ShardWriter(root, "colours", StoreSettings(4.0, 4, 16), num_clips) as writer:
         for i in range(num_clips):
             top, bottom = names[i % 8], names[(i // 8) % 8]
             frames = np.zeros((4, 16, 16, 3))
@@ -359,7 +359,7 @@ def test_the_script_trains_caches_and_does_nothing_twice(data, store, tmp_path):
     assert any("val/recall_at_10_video_to_text" in line for line in lines)
     before = {p: (p.stat().st_mtime_ns, file_hash(p)) for p in (model, path)}
 
-    # Mistake 1: the cache is the embedding of the very frames that stand under the key.
+    # The cache holds under each key the embedding of that clip's frames.
     cache = EmbeddingCache.load(path, file_hash(model))
     clip, _ = load_clip(model)
     assert sorted(cache.keys) == sorted(store.key(i) for i in range(len(store)))
