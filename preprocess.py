@@ -1,10 +1,10 @@
 """Turn archives of captioned clips into the store that every stage trains on.
 
-    python preprocess.py                                    the embedded faces, rendered at first
+    python preprocess.py                                   the embedded faces, rendered at first
     python preprocess.py experiment=celebvtext data.root=/data/CelebV-Text
-    python preprocess.py experiment=celebvtext data.root=/data/CelebV-Text data.out=/fast data.workers=16
-    python preprocess.py experiment=celebvtext part=3 parts=10          every tenth archive, for clusters
-    python preprocess.py check=true                   reads the whole store back, draws a sheet
+    python preprocess.py experiment=celebvtext data.root=... data.out=/fast data.workers=16
+    python preprocess.py experiment=celebvtext data.root=... part=3 parts=10     every tenth archive
+    python preprocess.py check=true                        reads the store back, draws a sheet
 
 data.root holds zips or tars of CelebV-Text, or its extracted folders; it is only read. The same
 command continues after a stop and adds archives that came since. What was left out, and why, is in

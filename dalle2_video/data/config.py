@@ -52,8 +52,8 @@ class DataConfig:
 
     name: a label. root: the folder of the archives. out: of the store, None = root. fps,
     num_frames, size, span, windows, encoding: how the clips are stored, see StoreSettings. splits:
-    name -> fraction, with split_seed. workers: processes, 0 = none. seconds_per_clip: a clip that keeps
-    a worker longer is left out; None = no limit. overwrite: make shards again that are there.
+    name -> fraction, with split_seed. workers: processes, 0 = none. seconds_per_clip: a clip that
+    keeps a worker longer is left out; None = no limit. overwrite: make shards again that are there.
     """
 
     name: str = "celebvtext"
