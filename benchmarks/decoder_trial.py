@@ -41,9 +41,11 @@ LOG_SNRS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0)
 
 
 @torch.no_grad()
-def judge(folder: Path, data: str, clips: int, steps: int) -> dict[str, float]:
+def judge(
+    folder: Path, data: str, overrides: list[str], clips: int, steps: int
+) -> dict[str, float]:
     """Figures of <folder>/base/model.safetensors on the first clips of val."""
-    store = store_of(settings_of(compose(f"faces.root={data}")))
+    store = store_of(settings_of(compose(f"faces.root={data}", *overrides)))
     conditions = load_conditions(folder, store, 0, CaptionPolicy(), load_frames=True)
     unet, diffusion, _ = load_unet(folder / "base" / "model.safetensors", "base")
     dataset = conditions.val_set
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=96, help="of val, to judge on (96)")
     parser.add_argument("--steps", type=int, default=15, help="of DDIM (15)")
     parser.add_argument("overrides", nargs="*", help="key=value, as in configs/")
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     folder = Path(f"{a.run_dir}_{a.name}")
     if not (folder / "clip").exists():
         shutil.copytree(Path(a.run_dir) / "clip", folder / "clip")
@@ -106,7 +108,7 @@ def main() -> None:
     lines = (folder / "base" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     figures = {"clips_seen": last["clips"], "val_loss": last["val/loss"]}
-    figures |= judge(folder, a.data, a.clips, a.steps)
+    figures |= judge(folder, a.data, a.overrides, a.clips, a.steps)
     place = provenance() | {"minutes": a.minutes, "overrides": a.overrides}
     write_json(folder / "trial.json", figures | place)
     print(json.dumps(figures, indent=1))
