@@ -71,3 +71,16 @@ def test_defaults_are_plain_values():
     assert from_config(Sizes, {}, "sizes") == Sizes()
     with pytest.raises(AttributeError):
         Sizes().inner = Inner(1.0)  # frozen
+
+
+def test_whole_numbers_are_integers_in_tuples_and_tables_too():
+    """YAML reads 1e6 as a float."""
+    made = from_config(Inner, {"rate": 2, "levels": (1e6, 2.0)}, "inner")
+    assert made == Inner(2.0, (1_000_000, 2)) and isinstance(made.levels[0], int)
+    listed = from_config(Outer, GOOD | {"parts": [{"rate": 1, "levels": [3.0]}]}, "outer")
+    assert listed.parts == (Inner(1.0, (3,)),)
+
+
+def test_every_mistake_of_a_section_is_named():
+    with pytest.raises(ConfigError, match=r"outer\.size: .*; outer\.table\.a: "):
+        from_config(Outer, GOOD | {"size": "big", "table": {"a": "b"}}, "outer")

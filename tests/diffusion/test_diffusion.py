@@ -114,6 +114,8 @@ def test_weights_in_closed_form() -> None:
     clamped = loss_weight(DiffusionConfig("x0", "v", max_weight=100), log_snr)
     assert clamped.max() == 100  # sigma clamped at 0.1
     assert (loss_weight(DiffusionConfig("v", "v"), log_snr) == 1).all()
+    low = DiffusionConfig("v", "v", max_weight=100)  # also where both are the same
+    torch.testing.assert_close(loss_weight(low, log_snr), (1 / sigma2).clamp(max=100) * sigma2)
     min_snr = loss_weight(DiffusionConfig("v", "min_snr"), log_snr)
     torch.testing.assert_close(min_snr, snr.clamp(max=5) / (snr + 1))
     min_snr = loss_weight(DiffusionConfig("eps", "min_snr"), log_snr)
@@ -212,6 +214,54 @@ def test_the_right_fractions_sample_correlated_values_in_any_number_of_steps(num
     torch.testing.assert_close(found.std(0), wanted, rtol=0.01, atol=0)
     fixed = to_frequencies(ancestral(denoise, z, steps, lambda i: noises[i], 0.5))
     assert (fixed.std(0) / wanted - 1).abs().max() > 0.05
+
+
+def test_the_corrector_evaluates_once_more_per_step_but_the_last_with_noise_of_its_own() -> None:
+    evaluated, drawn = [], []
+
+    def denoise(z, log_snr):
+        evaluated.append(float(log_snr[0]))
+        return z * 0
+
+    def noise(i):
+        drawn.append(i)
+        return torch.zeros(1, 3)
+
+    steps = sampler_steps(CosineSchedule(), 4)
+    ancestral(denoise, torch.ones(1, 3), steps, noise, 0.3, 0.1)
+    s = steps.tolist()
+    assert evaluated == [s[0], s[1], s[1], s[2], s[2], s[3], s[3]]
+    assert len(set(drawn)) == len(drawn) == 4 + 3
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_gamma_interpolates_the_logarithm_of_the_variance(gamma: float) -> None:
+    """The fresh noise of one step, between the bounds of Ho et al. 2022, eq. 4."""
+    seen = []
+
+    def denoise(z, log_snr):
+        seen.append(z.clone())
+        return z * 0
+
+    now, after = steps = torch.tensor([-1.0, 0.5])
+    ends = torch.cat([steps, torch.tensor([3.0])])
+    ancestral(denoise, torch.zeros(1, 3), ends, lambda i: torch.ones(1, 3), gamma)
+    (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(now), alpha_sigma(after)
+    share = 1 - ((alpha / sigma) / (alpha_s / sigma_s)) ** 2  # 1 - e^(log-SNR's difference)
+    lower, upper = share * sigma_s**2, share * sigma**2
+    wanted = (lower ** (1 - gamma) * upper**gamma).sqrt()
+    torch.testing.assert_close(seen[1], wanted.expand(1, 3))
+
+
+def test_samplers_leave_what_they_are_given() -> None:
+    z, steps = torch.ones(1, 3), sampler_steps(CosineSchedule(), 3)
+    for run in (
+        lambda: ddim(lambda z, _: z * 0.5, z, steps),
+        lambda: dpm_solver(lambda z, _: z * 0.5, z, steps),
+        lambda: ancestral(lambda z, _: z * 0.5, z, steps, lambda i: torch.ones(1, 3)),
+    ):
+        run()
+        assert (z == 1).all()
 
 
 def test_ddim_with_eta_1_is_the_ancestral_sampler_with_gamma_0() -> None:
@@ -371,6 +421,8 @@ def test_an_oscillating_scale_is_constant_first() -> None:
     steps = sampler_steps(CosineSchedule(), 10)
     scale = oscillating_scale(15.0, steps, constant=0.4)
     assert [float(scale(x.expand(1))) for x in steps[:-1]] == [15] * 4 + [1, 15] * 3
+    half = oscillating_scale(15.0, steps)
+    assert [float(half(x.expand(1))) for x in steps[:-1]] == [15] * 5 + [1, 15, 1, 15, 1]
 
 
 def test_rescaled_guidance_has_the_deviation_of_the_conditional_model() -> None:
@@ -396,7 +448,7 @@ def test_reconstruction_guidance_in_closed_form() -> None:
     x0 = denoise(z, log_snr)
     expected = x0 + 9.0 * alpha * (known - x0[:, :1]) * gain[:1]
     torch.testing.assert_close(found, expected)
-    assert found[0, 1] > x0[0, 1] and not found.requires_grad
+    assert found[0, 1] > x0[0, 1] and not found.requires_grad and not z.requires_grad
 
 
 def test_thresholds() -> None:
@@ -408,3 +460,7 @@ def test_thresholds() -> None:
     torch.testing.assert_close(dynamic, x0.clamp(-limit, limit) / limit)
     small = x0 / 10  # within [-1, 1]: left alone
     torch.testing.assert_close(dynamic_threshold(lambda z, _: small)(x0, torch.zeros(1)), small)
+    # the limit is that of each sample
+    both = torch.cat([x0, 10 * x0])
+    found = dynamic_threshold(lambda z, _: both, 0.9)(both, torch.zeros(2))
+    torch.testing.assert_close(found, dynamic.expand(2, -1))

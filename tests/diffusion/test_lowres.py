@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2_video.diffusion.lowres import augment, blend, fit, known_frames
+from dalle2_video.diffusion.lowres import augment, blend, cut, fit, known_frames
 from dalle2_video.diffusion.objective import Noised, add_noise, per_sample_loss
 from tests.helpers.lowres import X0
 
@@ -60,3 +60,20 @@ def test_known_frames_do_not_count_in_the_loss() -> None:
     loss = per_sample_loss(X0, prediction, noised, given)
     rest = Noised(noised.z[:, :, 1::2], noised.log_snr, noised.target[:, :, 1::2])
     torch.testing.assert_close(loss, per_sample_loss(X0, prediction[:, :, 1::2], rest))
+
+
+def test_a_crop_begins_at_its_clips_own_frame_row_and_column() -> None:
+    video = torch.arange(2 * 6 * 7 * 8.0).view(2, 1, 6, 7, 8)
+    first, second = cut(video, [(1, 2, 3), (0, 4, 1)], (2, 3, 4))
+    assert torch.equal(first, video[0, :, 1:3, 2:5, 3:7])
+    assert torch.equal(second, video[1, :, 0:2, 4:7, 1:5])
+
+
+def test_a_noisy_smaller_clip_is_shrunk_to_the_best_linear_guess() -> None:
+    """E[x | alpha x + sigma e] is alpha times the noisy value where x has variance 1."""
+    torch.manual_seed(0)
+    lowres, level = torch.randn(1, 1, 1, 200, 200), torch.tensor([0.5])
+    noisy = augment(lowres, level, torch.randn_like(lowres))
+    guess = blend(noisy, level, (1, 1))
+    best = (noisy * lowres).sum() / noisy.square().sum() * noisy
+    torch.testing.assert_close(guess, best, atol=0.05, rtol=0)

@@ -313,3 +313,16 @@ def test_best_variance_is_found_by_the_gradient_of_the_term():
     lower, upper = float(step.log_lower.exp()), float(step.log_upper.exp())
     found = lower + float(fraction_of(raw.detach())) * (upper - lower)
     assert found == pytest.approx(lower + (share * error) ** 2, rel=0.01)
+
+
+def test_the_likelihood_of_8_bit_values_is_a_distribution():
+    """The probabilities of all 256 values sum to 1, wherever the mean is; mirrored, they are alike
+    to the last digits, in the far tails too.
+    """
+    x = torch.arange(256) / 127.5 - 1
+    for mean in (-1.2, -1.0, 0.3, 1.0):
+        for log_variance in (-12.0, -4.0, 1.0):
+            nats = log_likelihood(x, torch.tensor(mean), torch.tensor(log_variance))
+            assert float(nats.double().exp().sum()) == pytest.approx(1, abs=1e-3)
+            mirrored = log_likelihood(-x, torch.tensor(-mean), torch.tensor(log_variance))
+            torch.testing.assert_close(mirrored, nats, rtol=1e-3, atol=1e-3)
