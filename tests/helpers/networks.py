@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dalle2_video.models.conditioning import Condition
 from dalle2_video.models.unet_config import UnetConfig
+from dalle2_video.models.whitening import Examples
 
 SMALL = UnetConfig(
     image_size=16, num_frames=4, patch=2, dim=32, mults=(1, 2), head_dim=16, cond_dim=32
@@ -51,6 +52,14 @@ def waves(*shape: int, phase: float = 0.0) -> Tensor:
     """Values in [-1, 1] that look random and are the same on every machine."""
     count = torch.arange(math.prod(shape), dtype=torch.float64)
     return torch.sin(count * 1.7 + 0.01 * count.square() + phase).float().view(shape)
+
+
+# embeddings of 24 dimensions and text states of 12, with a mean and unlike variances
+EXAMPLES = Examples(
+    2 + waves(40, 24) * torch.linspace(0.2, 3, 24),
+    waves(40, 24, phase=1.0) * torch.linspace(3, 0.1, 24) - 1,
+    waves(90, 12, phase=2.0) * torch.linspace(0.1, 2, 12) + 0.5,
+)
 
 
 @torch.no_grad()

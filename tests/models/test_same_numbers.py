@@ -20,15 +20,8 @@ from dalle2_video.models.text_tower import TrainedTextConfig
 from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
 from dalle2_video.models.vivit import VideoTowerConfig
-from dalle2_video.models.whitening import Examples
 from tests.helpers.lowres import BOTH
-from tests.helpers.networks import SMALL, filled, waves
-
-EXAMPLES = Examples(
-    2 + waves(40, 24) * torch.linspace(0.2, 3, 24),
-    waves(40, 24, phase=1.0) * torch.linspace(3, 0.1, 24) - 1,
-    waves(90, 12, phase=2.0) * torch.linspace(0.1, 2, 12) + 0.5,
-)
+from tests.helpers.networks import EXAMPLES, SMALL, filled, waves
 
 
 def condition(batch: int) -> Condition:
