@@ -1,6 +1,7 @@
 """Unet3D: shapes, conditions, what can see what."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -133,8 +134,37 @@ def test_relative_position_buckets() -> None:
     assert bucket[200] == 0 and bucket.min() == 0 and bucket.max() == 31
     assert past[:7].tolist() == list(range(1, 8))  # near distances are exact
     assert (future - past == 16).all() and (past.diff() >= 0).all()
+    # 8 exact ones, then 8 of equal ratios up to 128 frames: 8 x 16^(k / 8)
+    exact = [min(8 + int(2 * math.log2(d / 8) + 1e-6), 15) for d in range(8, 201)]
+    assert past[7:].tolist() == exact
     table = bias(6, torch.device("cpu"))
+    future_bias = bias.bias.weight[16 + 2]  # of the key two frames after the query
+    torch.testing.assert_close(table[:, 1, 3], future_bias)
     assert (table[:, 0, 2] == table[:, 3, 5]).all() and (table[:, 0, 2] != table[:, 2, 0]).all()
+
+
+def test_spatial_attention_equals_an_einsum_reference() -> None:
+    torch.manual_seed(0)
+    layer = awake(SpatialAttention(32, 16))
+    x = torch.randn(2, 3, 2, 3, 32)
+    q, k, v = (
+        a.flatten(2, 3).unflatten(-1, (2, 16)) for a in layer.to_qkv(layer.norm(x)).chunk(3, -1)
+    )
+    weights = (torch.einsum("bfind,bfjnd->bfnij", q, k) / 4).softmax(-1)
+    out = torch.einsum("bfnij,bfjnd->bfind", weights, v).flatten(-2).unflatten(2, (2, 3))
+    torch.testing.assert_close(layer(x), x + layer.to_out(out), atol=1e-5, rtol=1e-4)
+
+
+def test_cross_attention_equals_an_einsum_reference() -> None:
+    torch.manual_seed(0)
+    layer = awake(CrossAttention(32, 12, 16))
+    x, context = torch.randn(2, 3, 2, 2, 32), torch.randn(2, 6, 12)
+    q = layer.to_q(layer.norm(x)).unflatten(-1, (2, 16))
+    k, v = (a.unflatten(-1, (2, 16)) for a in layer.to_kv(context).chunk(2, -1))
+    weights = (torch.einsum("bfhwnd,bjnd->bfhwnj", q, k) / 4).softmax(-1)
+    out = torch.einsum("bfhwnj,bjnd->bfhwnd", weights, v).flatten(-2)
+    found = layer(x, context, torch.ones(2, 6, dtype=torch.bool))
+    torch.testing.assert_close(found, x + layer.to_out(out), atol=1e-5, rtol=1e-4)
 
 
 def test_cross_attention_equals_a_loop() -> None:

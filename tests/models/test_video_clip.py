@@ -163,6 +163,20 @@ def test_the_tower_gives_open_clips_own_numbers_at_the_lines_own_length():
         assert torch.allclose(found.states[i, :length], states[i, :length], atol=1e-5)
 
 
+def test_lines_of_any_lengths_come_back_in_their_order(model):
+    """They run sorted by length, in several passes."""
+    lines = [
+        "a man nods and then smiles",
+        "a",
+        "the woman with long blond hair turns",
+        "warm light",
+    ]
+    together = model.text(tokenize([lines]).tokens)
+    for i, line in enumerate(lines):
+        alone = model.text(tokenize([[line]]).tokens)
+        assert torch.allclose(together.embedding[i], alone.embedding[0], atol=1e-5)
+
+
 def test_a_set_is_the_normalised_mean_of_its_lines_and_their_states_in_a_row(model):
     packed = tokenize(TEXTS)
     text = model.encode_text(packed.tokens, packed.line_index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dalle2_video.models.whitening import Whitening
@@ -46,3 +47,17 @@ def test_stays_float32_and_is_saved_but_not_trained() -> None:
     assert not list(whiten.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert whiten(skewed()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("floor", [0.01, 1.0])
+def test_a_floor_brings_every_variance_nearer_to_the_mean_and_keeps_one(floor: float) -> None:
+    """A variance v becomes v (1 + floor) / (v + floor times the mean variance): 1 at the mean."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 6) @ torch.randn(6, 6) + 3
+    whiten = Whitening(6, floor)
+    whiten.fit(x)
+    variance = torch.linalg.eigvalsh(torch.cov(x.T.double(), correction=0))
+    wanted = variance * (1 + floor) / (variance + floor * variance.mean())
+    y = whiten(x).double()
+    found = torch.linalg.eigvalsh(torch.cov(y.T, correction=0))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
