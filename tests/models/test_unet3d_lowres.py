@@ -114,3 +114,25 @@ def test_steps_of_images_alone_reach_every_weight() -> None:
     layer = awake(TemporalConv(8))
     x = torch.randn(1, 2, 2, 2, 8)
     assert torch.equal(layer(x, 2), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "in_time", "in_space"),
+    [
+        ({}, True, True),
+        ({"attention": (False, True)}, True, False),  # spatial alone: time is convolved
+        ({"temporal": "attention"}, True, True),  # nowhere
+        ({"temporal": "attention", "attention": (False, True)}, False, False),
+        ({"num_lowres_frames": None, "lowres_size": None}, False, True),  # tells no place
+    ],
+)
+def test_what_runs_on_a_stretch_of_a_clip_and_on_crops(change, in_time, in_space) -> None:
+    model = dataclasses.replace(CONV, **change)
+    assert (model.is_local_in_time, model.is_local_in_space) == (in_time, in_space)
+
+
+def test_both_halves_of_guidance_see_every_smaller_clip_in_order() -> None:
+    lowres = LowRes(torch.randn(3, 3, 2, 4, 4), torch.tensor([1.0, 2.0, 3.0]), torch.randn(3, 2))
+    twice = lowres.repeated(2)
+    for both, once in zip(twice, lowres, strict=True):
+        assert torch.equal(both[:3], once) and torch.equal(both[3:], once)
