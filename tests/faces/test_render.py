@@ -244,6 +244,13 @@ def test_hair_colours_differ_from_one_another_and_from_skin():
             assert np.abs(top[first] - top[second]).max() > 50
 
 
+def test_long_hair_covers_the_ears():
+    """From the wall to the cheek on both sides, at the height of the ears: one dark strip."""
+    image = draw(64, hair_style="long", hair_color="black").max(-1)[0, 25:29]
+    for side in (image[:, 12:16], image[:, 48:51]):
+        assert side.max() < 40
+
+
 def test_hair_has_no_texture_that_aliases():
     """The finest strands fade before a pixel holds half a period: sizes agree when averaged."""
     small = draw(32, hair_style="long", hair_color="blond")
