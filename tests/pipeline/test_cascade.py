@@ -10,6 +10,7 @@ from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.sources.captions import CaptionError, text_to_lines
 from dalle2_video.model_file import CheckpointError
 from dalle2_video.pipeline.cascade import Cascade, CascadeUnet, check_chain, read_texts
+from dalle2_video.pipeline.sampling import sample_clips
 from dalle2_video.pipeline.sampling_config import SampleConfig, SuperResolutionSampling
 from tests.helpers.runs import ORDER
 
@@ -57,6 +58,38 @@ def test_one_network_at_a_time_is_on_the_device(cascade, monkeypatch) -> None:
     cascade.sample_all(TEXTS[:1], FAST)
     there = [(name, place) for name in ("clip", "prior", *ORDER) for place in ("cpu:0", "cpu")]
     assert moves == there
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_each_unet_draws_from_a_stream_of_its_own_in_the_precision_asked_for(
+    cascade, monkeypatch, precision
+) -> None:
+    drawn, halves = {}, []
+
+    def watched(unet, model, diffusion, condition, ids, how, seed, lowres, progress, stream):
+        drawn.setdefault(stream, []).extend(ids.tolist())
+        halves.append((seed, torch.is_autocast_enabled("cpu")))
+        return sample_clips(
+            unet, model, diffusion, condition, ids, how, seed, lowres, progress, stream
+        )
+
+    monkeypatch.setattr("dalle2_video.pipeline.cascade.sample_clips", watched)
+    encode, texts = cascade.video_clip.encode_text, []
+    monkeypatch.setattr(
+        cascade.video_clip,
+        "encode_text",
+        lambda *tokens: (texts.append(torch.is_autocast_enabled("cpu")), encode(*tokens))[1],
+    )
+    networks = cascade.video_clip, (cascade.prior, cascade.prior_diffusion), cascade.unets
+    config = SampleConfig(**{**FAST.__dict__, "seed": 11})
+    made = Cascade(*networks, precision=precision).sample(TEXTS, config, first=4)
+    streams = ("sample", "sample/tsr", "sample/ssr")
+    assert drawn == {stream: [4, 5, 6] for stream in streams}
+    assert set(halves) == {(11, precision == "bf16")}
+    assert set(texts) == {False}, "texts are encoded in float32, as in training"
+    if precision == "no":
+        assert torch.equal(made, cascade.sample(TEXTS, config, first=4))
+        assert not torch.equal(made, cascade.sample(TEXTS, FAST, first=4))
 
 
 def test_the_nearest_of_several_candidates_is_kept(cascade) -> None:

@@ -10,6 +10,7 @@ from dalle2_video.diffusion.lowres import augment, fit
 from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.pipeline.sampling import GivenLowRes, sample_clips
 from dalle2_video.pipeline.sampling_config import SuperResolutionSampling
+from dalle2_video.pipeline.super_resolution import SuperResolution
 from tests.helpers.lowres import CONV, SSR, X0, condition, lowres_clip
 from tests.helpers.networks import awake
 
@@ -100,8 +101,8 @@ def test_the_network_is_given_the_noise_and_its_level() -> None:
         return z
 
     how = SuperResolutionSampling(steps=2, augmentation=1.5, guidance_scale=2.0)
-    sample_clips(watched, SSR, X0, condition(2), torch.arange(2), how, 0, lowres)
-    noise = keyed.randn(lowres.shape[1:], 0, torch.arange(2), "sample/low")
+    sample_clips(watched, SSR, X0, condition(2), torch.arange(2), how, 3, lowres)
+    noise = keyed.randn(lowres.shape[1:], 3, torch.arange(2), "sample/low")
     level = torch.full((2,), 1.5)
     expected = fit(augment(lowres, level, noise), SSR.upscale)
     for one in given:  # twice the batch, for guidance
@@ -143,3 +144,12 @@ def test_a_tile_holds_whole_steps_between_known_frames() -> None:
             net, CONV, X0, condition(2), torch.arange(2),
             SuperResolutionSampling(steps=1, tile=5), 0, lowres_clip(CONV),
         )  # fmt: skip
+
+
+def test_places_in_a_longer_clip_are_those_of_the_length_in_training() -> None:
+    """So that a time of the caption is at the same place in a clip of any length."""
+    noisy, level = torch.randn(1, 3, 8, 16, 16), torch.tensor([1.0])  # 16 frames, trained on 8
+    lowres = SuperResolution(CONV).stretch(noisy, level, slice(4, 12))
+    assert lowres.place.tolist() == [[k / 2 for k in range(4, 12)]]
+    whole = SuperResolution(CONV).stretch(noisy[:, :, :4], level, slice(None))
+    assert whole.place.tolist() == [list(range(8))]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dalle2_video import keyed
 from dalle2_video.data.media.tensors import to_float
 from dalle2_video.diffusion.lowres import cut, fit
 from dalle2_video.pipeline.super_resolution import SuperResolution
@@ -65,3 +66,26 @@ def test_levels_of_noise_are_even_and_keyed() -> None:
     )
     assert torch.equal(again.log_snr, lowres.log_snr[40:42])
     assert torch.equal(again.frames, lowres.frames[40:42])
+
+
+def test_a_crop_is_told_its_place_in_the_clip() -> None:
+    noisy, level = torch.randn(2, 3, 4, 16, 16), torch.tensor([1.0, 2.0])
+    lowres = SuperResolution(CONV).crops(noisy, level, [(0, 0, 0), (4, 8, 0)], (4, 8))
+    assert lowres.place.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert torch.equal(lowres.log_snr, level)
+    assert torch.equal(lowres.frames[1, :3, 0], noisy[1, :, 2, 8:, :8])
+
+
+def test_rows_columns_and_noise_are_drawn_apart() -> None:
+    corners = draw_corners((8, 16), (4, 8), (1, 1), 0, torch.arange(400), "x")
+    for axis, most in enumerate((4, 8, 8)):
+        drawn = [corner[axis] for corner in corners]
+        assert set(drawn) == set(range(most + 1)), "every place is drawn, the last one too"
+    assert any(row != column for _, row, column in corners)
+    frames, ids = stored(2), torch.tensor([5, 6])
+    step = StepInfo(ids, 0, torch.device("cpu"), None)  # type: ignore[arg-type]
+    whole = [(0, 0, 0)] * 2
+    task = SuperResolution(SSR)
+    found = draw_lowres(frames, task, (-30.0, -30.0), whole, (8, 16), step, ids, "x")
+    noise = keyed.randn((3, 8, 8, 8), 0, ids, "x/low")  # nothing else is left at this level
+    torch.testing.assert_close(found.frames, fit(noise, SSR.upscale), atol=1e-4, rtol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.models.video_clip import TextEncoding
 from dalle2_video.pipeline.sampling_config import SuperResolutionSampling, UnetSampling
 from dalle2_video.stages.frozen_clip import draw_t, keep_masks, shared_coin
-from dalle2_video.stages.unet import UnetObjective, sample_own
+from dalle2_video.stages.unet import UnetObjective, build_unet, sample_own
 from dalle2_video.stages.unet_section import CondDropout, UnetSection
 from dalle2_video.training.stage import StepInfo
 from tests.helpers.lowres import CONV
-from tests.helpers.networks import SMALL, waves
+from tests.helpers.networks import EXAMPLES, SMALL, waves
 
 HALF = CondDropout(all=0.2, embedding=0.4, text=0.4)
 PLAIN = UnetSection(model=SMALL, diffusion=DiffusionConfig(), cond_dropout=HALF)
@@ -214,3 +215,21 @@ def test_a_compiled_network_sees_few_numbers_of_tokens_and_others_no_padding() -
         condition = net.calls[0][2]
         assert condition.text.shape[1] == tokens
         assert (condition.text_place >= 0).sum(1).tolist() == [5, 5]
+
+
+def test_a_new_network_is_whitened_by_the_examples_and_keyed_by_seed_and_name() -> None:
+    video_clip = SimpleNamespace(embed_dim=24, text_width=12)
+    conditions = SimpleNamespace(video_clip=video_clip, examples=lambda: EXAMPLES)
+    section = dataclasses.replace(PLAIN, activation_checkpointing=True)
+
+    def stem(name: str, section: UnetSection, seed: int) -> Tensor:
+        return build_unet(name, section, conditions, seed).stem.weight  # type: ignore[arg-type]
+
+    net = build_unet("base", section, conditions, 3)  # type: ignore[arg-type]
+    assert net.activation_checkpointing
+    torch.testing.assert_close(net.condition.whiten_embedding.mean, EXAMPLES.video.mean(0))
+    torch.testing.assert_close(net.condition.whiten_text.mean, EXAMPLES.states.mean(0))
+    assert torch.equal(stem("base", PLAIN, 3), net.stem.weight)
+    assert not torch.equal(stem("base", PLAIN, 4), net.stem.weight)
+    assert not torch.equal(stem("tsr", PLAIN, 3), net.stem.weight)
+    assert not build_unet("base", PLAIN, conditions, 3).activation_checkpointing  # type: ignore[arg-type]
