@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -172,28 +172,18 @@ class Score:
     mean_chance: float
     clips: int
 
-    def to_dict(self) -> dict:
-        return asdict(self)
 
+def score(predictions: dict[str, Tensor], targets: dict[str, Tensor]) -> Score:
+    """Accuracies of labels int64 (B,), over the attributes in `predictions`.
 
-def score(
-    predictions: dict[str, Tensor],
-    targets: dict[str, Tensor],
-    named: dict[str, Tensor] | None = None,
-) -> Score:
-    """Compare labels int64 (B,) over the attributes in `predictions`.
-
-    `named` (bool (B,) each) says which attributes a clip's caption names; UNDEFINED targets never
-    count. The mean weighs attributes alike. Its interval is normal, with clips as the independent
-    units (linearised ratio estimator: attributes of one clip are not independent). Raises
-    ValueError for no clips or an attribute that no clip names.
+    UNDEFINED targets do not count. The mean weighs attributes alike. Its interval is normal, with
+    clips as the independent units (linearised ratio estimator: attributes of one clip are not
+    independent). Raises ValueError where no target of an attribute counts.
     """
     accuracy, chance = {}, {}
     residual = torch.zeros(len(next(iter(predictions.values()))), dtype=torch.float64)
     for name, predicted in predictions.items():
         counted = targets[name] != UNDEFINED
-        if named is not None:
-            counted = counted & named[name]
         if not counted.any():
             raise ValueError(f"{name}: no clip to score")
         correct = (predicted == targets[name]).double()

@@ -136,10 +136,8 @@ def test_score_in_closed_form():
     assert result.accuracy == {"a": 0.75, "b": pytest.approx(2 / 3)}
     assert result.chance == {"a": 0.75, "b": pytest.approx(2 / 3)}
     assert result.mean == pytest.approx((0.75 + 2 / 3) / 2)
-    named = {"a": torch.tensor([True, True, False, False]), "b": torch.ones(4, dtype=torch.bool)}
-    assert score(read, targets, named).accuracy == {"a": 1.0, "b": pytest.approx(2 / 3)}
-    with pytest.raises(ValueError, match="a: no clip"):
-        score(read, targets, {**named, "a": torch.zeros(4, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="b: no clip"):
+        score(read, targets | {"b": torch.full((4,), UNDEFINED)})
 
 
 def test_interval_covers_the_true_accuracy_as_often_as_it_says():
