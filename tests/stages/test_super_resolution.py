@@ -89,3 +89,14 @@ def test_rows_columns_and_noise_are_drawn_apart() -> None:
     found = draw_lowres(frames, task, (-30.0, -30.0), whole, (8, 16), step, ids, "x")
     noise = keyed.randn((3, 8, 8, 8), 0, ids, "x/low")  # nothing else is left at this level
     torch.testing.assert_close(found.frames, fit(noise, SSR.upscale), atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_has_a_smaller_image() -> None:
+    """In joint training: one frame, with noise of its own level."""
+    frames, ids = stored(2)[:, :1], torch.tensor([5, 6])
+    step = StepInfo(ids, 0, torch.device("cpu"), None)  # type: ignore[arg-type]
+    task, corners = SuperResolution(SSR), [(0, 0, 8), (0, 4, 0)]
+    found = draw_lowres(frames, task, (30.0, 30.0), corners, (1, 8), step, ids, "x")
+    small = fit(to_float(frames, 1, 8), SSR.upscale)
+    torch.testing.assert_close(found.frames, cut(small, corners, (1, 8, 8)), atol=1e-4, rtol=0)
+    assert found.log_snr.tolist() == [30, 30]
