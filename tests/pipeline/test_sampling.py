@@ -155,7 +155,9 @@ STEPS = 4
 def bending(z, log_snr, condition, num_images=0, x0_prev=None, lowres=None):
     """A network of x0 that leaves [-1, 1] and goes by its condition and its last estimate."""
     shift = torch.where(condition.keep_text, 0.6, -0.4) * condition.embedding[:, 0]
-    out = 1.4 * torch.tanh(z + 0.1 * log_snr.view(-1, 1, 1, 1, 1)) + shift.view(-1, 1, 1, 1, 1)
+    gain = torch.where(condition.keep_text, 1.4, 1.1)
+    shift, gain, level = (a.view(-1, 1, 1, 1, 1) for a in (shift, gain, log_snr))
+    out = gain * torch.tanh(z + 0.1 * level) + shift
     return out if x0_prev is None else out + 0.3 * x0_prev
 
 
@@ -215,7 +217,7 @@ def by_hand(how: UnetSampling, model: UnetConfig, condition: Condition, ids, see
         {"sampler": "ancestral"},
         {"sampler": "ancestral", "gamma": 0.0, "corrector": 0.1},
         {"guidance_rescale": 0.7, "threshold": "none"},
-        {"guidance": "interval", "guidance_interval": (-4.0, 2.0)},
+        {"guidance": "interval", "guidance_interval": (-1.0, 1.0)},
         {"guidance": "oscillating", "guidance_constant": 0.25},
         {"guidance_scale": 1.0},
     ],

@@ -1,10 +1,14 @@
 """The settings of a U-Net: what does not fit together is named."""
 
+import dataclasses
+
 import pytest
 
 from dalle2_video.cli import compose
 from dalle2_video.config import ConfigError
 from dalle2_video.stages.config_tree import settings_of
+from dalle2_video.stages.unet_section import CondDropout, UnetSection
+from tests.helpers.lowres import SSR
 from tests.helpers.runs import SMALL
 
 
@@ -44,3 +48,27 @@ def test_images_that_cannot_be() -> None:
     ):
         with pytest.raises(ConfigError, match=cause):
             settings_of(compose(*SMALL, override))
+
+
+def test_a_crop_holds_whole_pixels_of_the_smaller_clip_and_of_the_coarsest_level() -> None:
+    """6 pixels here are one of the smaller clip, and 4 one of the coarsest level."""
+    model = dataclasses.replace(SSR, image_size=24, lowres_size=4)
+    for crop in (12, 24):
+        UnetSection(model=model, augmentation=(1.0, 2.0), crop=crop)
+    for crop in (4, 6, 8, 36, 0, -12):  # multiples of 4 or of 6 alone, too large, none
+        with pytest.raises(ValueError, match=f"crop {crop} must be a multiple of 12, at most 24"):
+            UnetSection(model=model, augmentation=(1.0, 2.0), crop=crop)
+
+
+def test_a_crop_is_what_is_asked_for_or_the_whole_clip() -> None:
+    whole = UnetSection(model=SSR, augmentation=(1.0, 2.0))
+    assert whole.crop_size == (8, 16)
+    assert dataclasses.replace(whole, crop_frames=4).crop_size == (4, 16)
+    assert dataclasses.replace(whole, crop=8).crop_size == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["all", "embedding", "text"])
+def test_rates_of_dropout_are_probabilities(name: str) -> None:
+    for value in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], not {value}"):
+            CondDropout(**{name: value})

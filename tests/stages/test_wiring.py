@@ -47,3 +47,20 @@ def test_a_job_of_a_sweep_never_trains_in_the_runs_own_stage(tmp_path, stage, ke
     run_config(settings_of(cfg), cfg, stage)
     assert {path.name for path in folder.iterdir()} == kept
     assert (tmp_path / stage).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("stage", "section"), [("clip", "clip"), ("prior", "prior"), ("tsr", "unets.tsr")]
+)
+def test_a_run_is_what_the_command_line_says(tmp_path, stage: str, section: str) -> None:
+    typed = ["seed=7", "force=true", "mixed_precision=bf16", "train_name=x", "timeout_minutes=3"]
+    cfg = compose(*typed, f"run_dir={tmp_path}/x", "wandb_tags=[a,b]", "wandb_project=p")
+    run = run_config(settings_of(cfg), cfg, stage)
+    assert run.dir == f"{tmp_path}/x/{stage}" and run.section == section
+    assert (run.seed, run.force, run.mixed_precision) == (7, True, "bf16")
+    assert (run.train_name, run.timeout_minutes, run.use_wandb) == ("x", 3.0, False)
+    assert (run.wandb_tags, run.wandb_project) == (("a", "b"), "p")
+    assert "run_dir: " in run.resolved and "${" not in run.resolved
+    # what a run of before, which lacks a key, has had: the class's default
+    assert run.defaults[f"{section}.train.grad_clip"] is not None
+    assert all(key.startswith((f"{section}.", "data.")) for key in run.defaults)
