@@ -29,6 +29,7 @@ OLD_NAMES = {
     r"number=(.*)": r"num_samples=\1",
     r"keep_stages=(.*)": r"save_intermediates=\1",
     r"data\.faces\.(.*)": r"faces.\1",
+    r"data\.faces=null": "left out: the faces are rendered into faces.root alone",
     r"sample\.stages\.(.*)\.window=(.*)": r"sample.unets.\1.tile=\2",
     r"sample\.stages\.(.*)": r"sample.unets.\1",
     r"sample\.(augmentation|overlap)=(.*)": r"sample.unets.<name>.\1=\2",
