@@ -47,7 +47,7 @@ def from_config(cls: type[T], section: DictConfig | Mapping[str, Any], where: st
 
     Nested classes come from nested sections, lists become tuples where the field is one, 1e6 may
     stand for an integer; keys that are absent have their default. Raises ConfigError, one line that
-    names the section `where`, the key and the cause.
+    names the section `where` ("" for the whole tree), the key and the cause.
     """
     if isinstance(section, DictConfig):
         section = typing.cast(Mapping[str, Any], OmegaConf.to_container(section, resolve=True))
@@ -71,12 +71,12 @@ def _whole_numbers(value: Any) -> Any:
 
 
 def _one_line(cls: type, where: str, found: Mapping[str, Any]) -> str:
-    *parents, key = (where, *found["loc"])
-    place = ".".join(map(str, (*parents, key)))
+    path = [str(part) for part in (where, *found["loc"]) if part != ""]
+    place, parent = ".".join(path) or "configuration", ".".join(path[:-1]) or "configuration"
     match found["type"]:
         case "unexpected_keyword_argument":
             known = ", ".join(_keys(cls, found["loc"][:-1]))
-            return f"{place}: unknown key; {'.'.join(map(str, parents))} has: {known}"
+            return f"{place}: unknown key; {parent} has: {known}"
         case "missing" | "missing_argument":
             return f"{place}: missing key"
         case "value_error":

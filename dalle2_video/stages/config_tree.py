@@ -11,7 +11,7 @@ from typing import Literal
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from dalle2_video.config import ConfigError, config_class, default, defaults_of, from_config
+from dalle2_video.config import config_class, default, defaults_of, from_config
 from dalle2_video.data.config import DataConfig
 from dalle2_video.evaluation.alignment import EvaluateConfig
 from dalle2_video.faces.writer import FacesConfig
@@ -90,10 +90,7 @@ class Settings:
 
 def settings_of(cfg: DictConfig) -> Settings:
     """What Hydra has composed, checked as a whole. ConfigError, one line, where it is wrong."""
-    try:
-        return from_config(Settings, cfg, "")
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("; .", "; ").lstrip(". :")) from None
+    return from_config(Settings, cfg, "")
 
 
 def register() -> None:
