@@ -253,7 +253,7 @@ class Times:
 
 
 def unconditional(number: int) -> Condition:
-    """Nothing is told."""
+    """Takes the progress and shows nothing."""
     none = torch.zeros(number, 8)
     place = torch.zeros(number, 1, dtype=torch.int64)
     return Condition.of(none, torch.zeros(number, 1, 8), place, none).dropped()

@@ -17,6 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dalle2_video.config import name_of_today
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 TEXTS = ("text", "file", "out", "run_dir", "train_name", "data.root", "data.out", "faces.root")
 NOT_IN_A_NAME = ("train_name", "run_dir", "unet")  # they lead to folders of their own
@@ -28,18 +30,11 @@ OLD_NAMES = {
     r"preset=(.*)": r"unets/base=\1",
     r"number=(.*)": r"num_samples=\1",
     r"keep_stages=(.*)": r"save_intermediates=\1",
-    r"data\.faces\.(.*)": r"faces.\1",
     r"data\.faces=null": "left out: the faces are rendered into faces.root alone",
     r"sample\.stages\.(.*)\.window=(.*)": r"sample.unets.\1.tile=\2",
     r"sample\.stages\.(.*)": r"sample.unets.\1",
     r"sample\.(augmentation|overlap)=(.*)": r"sample.unets.<name>.\1=\2",
     r"sample\.window=(.*)": r"sample.unets.<name>.tile=\1",
-    r"unets\.(\w+)\.images=(.*)": r"unets.\1.num_images=\2",
-    r"unets\.(\w+)\.image_only=(.*)": r"unets.\1.image_only_prob=\2",
-    r"unets\.(\w+)\.drop(\..*|=.*)": r"unets.\1.cond_dropout\2",
-    r"unets\.(\w+)\.window=(.*)": r"unets.\1.crop_frames=\2",
-    r"unets\.(\w+)\.model\.low_frames=(.*)": r"unets.\1.model.num_lowres_frames=\2",
-    r"unets\.(\w+)\.model\.low_size=(.*)": r"unets.\1.model.lowres_size=\2",
     r"(evaluate\.split|validation)=combo": r"\1=heldout",
     r"data\.splits(.*)\bcombo\b(.*)": r"data.splits\1heldout\2",
 }
@@ -118,6 +113,10 @@ def check_names(arguments: Sequence[str]) -> list[str]:
             if match := re.fullmatch(pattern, argument, re.DOTALL):
                 print(f"{argument}: is now {match.expand(new)}", file=sys.stderr)
                 raise SystemExit(2)
+        key, equals, value = argument.partition("=")
+        if (now := name_of_today(key)) != key:
+            print(f"{argument}: is now {now}{equals}{value}", file=sys.stderr)
+            raise SystemExit(2)
     return list(arguments)
 
 

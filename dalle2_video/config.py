@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,18 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
+# Dotted keys that had another name, as patterns, and their names of today: for the command line and
+# for the config.yaml of older runs.
+RENAMED = (
+    (r"^(unets\.\w+)\.images$", r"\1.num_images"),
+    (r"^(unets\.\w+)\.image_only$", r"\1.image_only_prob"),
+    (r"^(unets\.\w+)\.drop\b", r"\1.cond_dropout"),
+    (r"^(unets\.\w+)\.window$", r"\1.crop_frames"),
+    (r"^(unets\.\w+\.model)\.low_frames$", r"\1.num_lowres_frames"),
+    (r"^(unets\.\w+\.model)\.low_size$", r"\1.lowres_size"),
+    (r"^data\.faces\b", "faces"),
+    (r"^data\.splits\.combo$", "data.splits.heldout"),
+)
 
 
 class ConfigError(ValueError):
@@ -30,6 +43,13 @@ def config_class(cls: type[T]) -> type[T]:
     """A frozen dataclass that refuses unknown keys and values of the wrong type."""
     made = pydantic_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
     return typing.cast(type[T], made)
+
+
+def name_of_today(key: str) -> str:
+    """A dotted key of the configuration, in its name of today."""
+    for pattern, replacement in RENAMED:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def default(make: Callable[[], T]) -> T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 
-from dalle2_video.config import ConfigError
+from dalle2_video.config import ConfigError, name_of_today
 from dalle2_video.training.stage import RunConfig
 
 SHOWN = 6  # differing keys in a message
@@ -25,28 +24,10 @@ FREE = {
     "activation_checkpointing", "compile",
 }  # fmt: skip
 
-# Keys of the config.yaml of older runs, as patterns of the dotted key, and their names of today.
-RENAMED = (
-    (r"^(unets\.\w+)\.images$", r"\1.num_images"),
-    (r"^(unets\.\w+)\.image_only$", r"\1.image_only_prob"),
-    (r"^(unets\.\w+)\.drop\.", r"\1.cond_dropout."),
-    (r"^(unets\.\w+)\.window$", r"\1.crop_frames"),
-    (r"^(unets\.\w+\.model)\.low_frames$", r"\1.num_lowres_frames"),
-    (r"^(unets\.\w+\.model)\.low_size$", r"\1.lowres_size"),
-    (r"^data\.faces\b", "faces"),
-    (r"^data\.splits\.combo$", "data.splits.heldout"),
-)
-
 
 def translated(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration with dotted keys (`flat`), its older keys in their names of today."""
-    return {_name_of_today(key): value for key, value in values.items()}
-
-
-def _name_of_today(key: str) -> str:
-    for pattern, replacement in RENAMED:
-        key = re.sub(pattern, replacement, key)
-    return key
+    return {name_of_today(key): value for key, value in values.items()}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
