@@ -19,6 +19,8 @@ import pydantic
 from omegaconf import DictConfig, OmegaConf
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from dalle2_video.errors import UserError
+
 T = TypeVar("T")
 # Dotted keys that had another name, as patterns, and their names of today: for the command line and
 # for the config.yaml of older runs.
@@ -34,7 +36,7 @@ RENAMED = (
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration with an unknown key or a value that is not allowed."""
 
 

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dalle2_video.errors import UserError
+
 FORMAT = 2
 KEY = "dalle2-video"  # the one key of the header: several would come in a random order
 KEY_OF_FORMAT_1 = "dalle2-video/1"
@@ -31,7 +33,7 @@ RENAMED = {  # keys of a `config` of format 1, at any depth, and their names of 
 }
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A model file or a checkpoint that is missing, damaged, of another kind or of a newer format,
     or does not fit the model.
     """

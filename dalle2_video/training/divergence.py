@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dalle2_video.errors import UserError
+
 MAX_SKIPPED_IN_A_ROW = 3
 MAX_OVERFLOWS_IN_A_ROW = 50  # fp16 halves its scale from 2^16 down, so some at the start are normal
 
 
-class TrainingDiverged(RuntimeError):  # noqa: N818
+class TrainingDiverged(UserError, RuntimeError):  # noqa: N818
     """Loss or gradient were not finite for several optimizer steps in a row."""
 
 

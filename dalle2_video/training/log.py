@@ -20,10 +20,11 @@ from urllib.parse import urlparse
 from tqdm import tqdm
 
 from dalle2_video.data.media.encode import encode_mp4
+from dalle2_video.errors import UserError
 from dalle2_video.training.stage import RunConfig, Sample
 
 
-class WandbKeyError(RuntimeError):
+class WandbKeyError(UserError, RuntimeError):
     """W&B is asked for online, but no key is set."""
 
 

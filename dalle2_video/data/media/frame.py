@@ -11,8 +11,10 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from dalle2_video.errors import UserError
 
-class ClipError(ValueError):
+
+class ClipError(UserError, ValueError):
     """A clip cannot be used; the message is the cause, as the manifest lists it."""
 
 

@@ -19,6 +19,8 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
+from dalle2_video.errors import UserError
+
 Tag = TypeVar("Tag")
 
 TRIES = 2  # a worker may be killed for another's memory, so its task gets a second one
@@ -27,7 +29,7 @@ AHEAD = 4  # tasks per worker that are begun before their results are asked for
 LOST_IN_A_ROW = 10  # per worker, without one result in between: something is wrong with all
 
 
-class WorkerLost(RuntimeError):  # noqa: N818
+class WorkerLost(UserError, RuntimeError):  # noqa: N818
     """The worker of a task died, or was stopped at the time limit; the message is the cause."""
 
 

@@ -26,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from dalle2_video.data.sources.captions import CATEGORIES
+from dalle2_video.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -51,7 +52,7 @@ _READ_ERRORS = (
 )
 
 
-class ArchiveError(Exception):
+class ArchiveError(UserError):
     """Nothing to read, or a member that cannot be read; the message is the cause."""
 
 

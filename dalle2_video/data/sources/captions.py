@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dalle2_video import keyed
 from dalle2_video.config import config_class
+from dalle2_video.errors import UserError
 
 # The six kinds of text of CelebV-Text, by the names used here and on disk.
 CATEGORIES = (
@@ -38,7 +39,7 @@ CUT = 0.1  # probability of a new line between two lines that are joined
 ROOM = CONTEXT - 2  # tokens of a line without its start and end
 
 
-class CaptionError(ValueError):
+class CaptionError(UserError, ValueError):
     """A text that cannot be used; the message is the cause."""
 
 

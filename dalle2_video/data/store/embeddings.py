@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle2_video.data.atomic import whole
+from dalle2_video.errors import UserError
 
 FORMAT = "dalle2-video-embeddings/1"
 NORM_TOLERANCE = 1e-3
 REMEDY = "have the data or data.splits changed? run train_clip.py again, which rewrites the cache"
 
 
-class EmbeddingError(RuntimeError):
+class EmbeddingError(UserError, RuntimeError):
     """A cache that is missing, damaged, made by another CLIP, or lacks a clip."""
 
 

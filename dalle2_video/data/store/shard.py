@@ -28,12 +28,13 @@ import numpy as np
 
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.config import StoreSettings
+from dalle2_video.errors import UserError
 
 FORMAT = 3
 TIMESTAMPS = "times"  # the data set's name belongs to the file format and stays
 
 
-class StoreError(RuntimeError):
+class StoreError(UserError, RuntimeError):
     """The store is missing, damaged or made with other settings; the message names the file."""
 
 
