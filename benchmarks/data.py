@@ -45,17 +45,18 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import DataConfig, StoreSettings
+from dalle2_video.data.config import CATEGORIES, CaptionPolicy, DataConfig, StoreSettings
 from dalle2_video.data.preprocess.pool import WorkerPool
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.archives import Member, find_sources
-from dalle2_video.data.sources.captions import CATEGORIES, CaptionPolicy, to_line
+from dalle2_video.data.sources.captions import TrainingCaptions, to_line
 from dalle2_video.data.store.dataset import CelebVTextDataset, ClipOrder
 from dalle2_video.data.store.shard import FORMAT, ShardWriter, shard_paths
 from dalle2_video.data.store.store import ClipStore, open_store
 from dalle2_video.data.store.texts import write_texts
+from dalle2_video.faces.config import FaceFormat
 from dalle2_video.faces.plan import plan
-from dalle2_video.faces.writer import FaceFormat, draw_clip
+from dalle2_video.faces.writer import draw_clip
 from dalle2_video.provenance import provenance
 
 SETTINGS = StoreSettings(8.0, 16, 64)
@@ -246,7 +247,7 @@ def bench_read(out: Path, batch: int, rounds: int) -> dict:
     if not root.exists():
         write_big_store(root, 1, 21_500, SETTINGS)
     store = ClipStore.open(root, {"train": 1.0})
-    data = CelebVTextDataset(store, "train", 0, CaptionPolicy())
+    data = CelebVTextDataset(store, "train", 0, TrainingCaptions(CaptionPolicy()))
     path = shard_paths(root, "big_000")[0]
     warm, cold, plain, both = [], [], [], []
     for k in range(rounds):
@@ -303,7 +304,7 @@ def bench_index(out: Path) -> dict:
     begun = time.perf_counter()
     store = ClipStore.open(root, SPLITS)
     opened = time.perf_counter()
-    data = CelebVTextDataset(store, "train", 0, CaptionPolicy())
+    data = CelebVTextDataset(store, "train", 0, TrainingCaptions(CaptionPolicy()))
     split = time.perf_counter()
     order = ClipOrder(len(data), 0, store.shard_numbers(data.clips))
     order(random.Random(0).randrange(len(data)))
@@ -365,10 +366,12 @@ READ = """
 import sys
 from itertools import islice
 from benchmarks.data import SPLITS
-from dalle2_video.data.sources.captions import CaptionPolicy
+from dalle2_video.data.config import CaptionPolicy
+from dalle2_video.data.sources.captions import TrainingCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset, train_loader
 from dalle2_video.data.store.store import ClipStore
-data = CelebVTextDataset(ClipStore.open(sys.argv[2], SPLITS), "train", 0, CaptionPolicy())
+captions = TrainingCaptions(CaptionPolicy())
+data = CelebVTextDataset(ClipStore.open(sys.argv[2], SPLITS), "train", 0, captions)
 for _ in islice(train_loader(data, 50, workers=1), len(data) // 50):
     pass
 """

@@ -22,8 +22,8 @@ import torch
 
 from dalle2_video.cli import compose
 from dalle2_video.data.atomic import write_json
+from dalle2_video.data.config import CaptionPolicy
 from dalle2_video.data.media.tensors import to_float, to_uint8
-from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.faces.probe import load_probe, score, targets_of
 from dalle2_video.faces.writer import read_attributes

@@ -48,13 +48,8 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import EvaluationCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset, eval_loader
-from dalle2_video.diffusion.objective import (
-    DiffusionConfig,
-    Noised,
-    add_noise,
-    per_sample_loss,
-    variance_loss,
-)
+from dalle2_video.diffusion.config import DiffusionConfig
+from dalle2_video.diffusion.objective import Noised, add_noise, per_sample_loss, variance_loss
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.samplers import ancestral
 from dalle2_video.diffusion.schedule import sampler_steps

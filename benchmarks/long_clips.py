@@ -36,11 +36,12 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.sheet import save_sheet
 from dalle2_video.data.media.tensors import to_float, to_uint8
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.tiles import tile_starts
+from dalle2_video.faces.config import FaceFormat
 from dalle2_video.faces.light import LUMA
 from dalle2_video.faces.plan import plan
-from dalle2_video.faces.writer import FaceFormat, draw_clip
+from dalle2_video.faces.writer import draw_clip
 from dalle2_video.models.conditioning import Condition
 from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.models.unet_config import UnetConfig

@@ -31,9 +31,10 @@ from dalle2_video.stages.frozen_clip import load_conditions
 from dalle2_video.stages.unet import unet_stage
 from dalle2_video.stages.wiring import store_of
 from dalle2_video.training import checkpoint_files, checkpoints
+from dalle2_video.training.config import RunConfig, TrainConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import make_optimizer
-from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
+from dalle2_video.training.stage import Loss, Stage, StepInfo
 
 ROOT = Path(__file__).parents[1]
 PAIRS, WARM = 7, 2

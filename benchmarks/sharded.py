@@ -29,12 +29,13 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.models.conditioning import Condition
 from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.provenance import provenance
-from dalle2_video.stages.unet_section import UnetSection
+from dalle2_video.stages.sections import UnetSection
 from dalle2_video.training import loop
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.memory import fixed_parts
 from dalle2_video.training.optimizer_update import OptimizerUpdate
 from dalle2_video.training.sharded import Zero3Params
-from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo
+from dalle2_video.training.stage import Loss, Stage, StepInfo
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("zero3", "fsdp2")

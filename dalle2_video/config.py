@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,13 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from dalle2_video.errors import UserError
 
 T = TypeVar("T")
+# Ranges of values. The upper limits are far above what any machine holds: a typing error ends in a
+# line at once, and not in a loop or an allocation that never ends.
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Size = Annotated[int, pydantic.Field(ge=1, le=65_536)]  # widths, frames, pixels
+Depth = Annotated[int, pydantic.Field(ge=1, le=1_024)]  # layers, heads, sampler steps
+Workers = Annotated[int, pydantic.Field(ge=0, le=1_024)]
+LogSNR = Annotated[float, pydantic.Field(ge=-60, le=60)]
 # Dotted keys that had another name, as patterns, and their names of today: for the command line and
 # for the config.yaml of older runs.
 RENAMED = (
@@ -40,10 +47,19 @@ class ConfigError(UserError, ValueError):
     """A configuration with an unknown key or a value that is not allowed."""
 
 
+WORDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
+CHECKS = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def config_class(cls: type[T]) -> type[T]:
     """A frozen dataclass that refuses unknown keys and values of the wrong type."""
-    made = pydantic_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
+    made = pydantic_dataclass(frozen=True, config=CHECKS)(cls)
     return typing.cast(type[T], made)
 
 
@@ -106,6 +122,8 @@ def _one_line(cls: type, where: str, found: Mapping[str, Any]) -> str:
         case "dataclass_type":
             return f"{place}: must be a section with keys, got {found['input']!r}"
     message = found["msg"].removeprefix("Input should be ")
+    for pydantics, ours in WORDS.items():
+        message = message.replace(pydantics, ours)
     return f"{place}: must be {message}, got {found['input']!r}"
 
 

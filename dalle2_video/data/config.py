@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from dalle2_video.config import config_class, default
+from pydantic import Field, PositiveFloat
+
+from dalle2_video.config import Share, Size, Workers, config_class, default
 
 CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
+# The six kinds of text of CelebV-Text, by the names used here and on disk.
+CATEGORIES = (
+    "action_dur",
+    "emotion",
+    "face40_details",
+    "light_color_temp",
+    "light_dir",
+    "light_intensity",
+)
 
 
 @dataclass(frozen=True)
@@ -48,35 +60,40 @@ class StoreSettings:
 
 @config_class
 class DataConfig:
-    """Section `data`.
-
-    name: a label. root: the folder of the archives. out: of the store, None = root. fps,
-    num_frames, size, span, windows, encoding: how the clips are stored, see StoreSettings. splits:
-    name -> fraction, with split_seed. workers: processes, 0 = none. seconds_per_clip: a clip that
-    keeps a worker longer is left out; None = no limit. overwrite: make shards again that are there.
-    """
+    """The clips: where they are, how they are stored, and how they are split."""
 
     name: str = "celebvtext"
+    """A label."""
     root: str = "data/CelebV-Text"
+    """The folder of the archives; it is only read where `out` is another one."""
     out: str | None = None
-    fps: float = 8.0
-    num_frames: int = 16
-    size: int = 64
-    span: str = "first"
-    windows: str = "one"
-    encoding: str = "raw"
+    """The folder of the store; null: `root`."""
+    fps: Annotated[float, Field(gt=0, le=240)] = 8.0
+    """Frames per second of the stored clips."""
+    num_frames: Size = 16
+    """Frames of a window."""
+    size: Size = 64
+    """Side of a stored frame in pixels."""
+    span: Literal["first", "full"] = "first"
+    """first: the first num_frames / fps seconds; full: frames spread over the whole clip (fps is
+    then only the rate at which they are shown)."""
+    windows: Literal["one", "all"] = "one"
+    """How many windows of a clip are stored: one, or all that fit into it, end to end."""
+    encoding: Literal["raw", "h264"] = "raw"
+    """Raw frames, or visually lossless videos that are decoded on reading."""
     split_seed: int = 0
-    splits: dict[str, float] = default(dict)
-    workers: int = 8
-    seconds_per_clip: float | None = 60.0
+    """Of the splits."""
+    splits: dict[str, Share] = default(dict)
+    """Name of a split -> its share of the video ids; the rest is `train`."""
+    workers: Workers = 8
+    """Processes of preprocess.py; 0: none but itself."""
+    seconds_per_clip: PositiveFloat | None = 60.0
+    """A clip that keeps a worker longer is left out; null: no limit."""
     overwrite: bool = False
+    """Make shards again that are there."""
 
     def __post_init__(self) -> None:
         _ = self.settings  # raises ValueError
-        if self.workers < 0:
-            raise ValueError("workers must be at least 0")
-        if self.seconds_per_clip is not None and self.seconds_per_clip <= 0:
-            raise ValueError("seconds_per_clip must be positive, or null")
 
     @property
     def store(self) -> Path:
@@ -94,3 +111,29 @@ class DataConfig:
             windows=self.windows,
             encoding=self.encoding,
         )
+
+
+@config_class
+class CaptionPolicy:
+    """Which of a clip's lines make its set in training: a new draw at every meeting, keyed by
+    (seed, sample_id).
+
+    Each kept category gives one line. The number of categories is drawn evenly, so that a single
+    line is familiar; lines are joined at random cuts, so that a free sentence that holds several
+    things is familiar.
+    """
+
+    all_probability: Share = 0.2
+    """Probability that every category stays; otherwise a random 1 to all of them do."""
+    join_probability: Share = 0.5
+    """Probability that the lines are joined into one or a few longer ones."""
+    order: Literal["random", "fixed"] = "random"
+    """Of the lines that are joined; fixed is that of CATEGORIES. Lines by themselves are a set."""
+    presence: dict[str, Share] | None = None
+    """Category -> probability that it takes part at all, 1 where it is not named; a clip keeps one
+    category at least."""
+
+    def __post_init__(self) -> None:
+        for name in self.presence or {}:
+            if name not in CATEGORIES:
+                raise ValueError(f"presence.{name}: no category; there are {', '.join(CATEGORIES)}")

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dalle2_video.diffusion.parameterization import Prediction, expand, to_x0
+from dalle2_video.diffusion.config import Prediction
+from dalle2_video.diffusion.parameterization import expand, to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]

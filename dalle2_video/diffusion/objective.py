@@ -9,73 +9,26 @@ Hang et al. 2023 for min-SNR, as weights on the error of x0: min(SNR, 5).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from dalle2_video.config import config_class
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.frequencies import octave_weights, to_frequencies
 from dalle2_video.diffusion.parameterization import (
-    PREDICTIONS,
-    Prediction,
     error_scale,
     expand,
     target,
     to_x0,
 )
 from dalle2_video.diffusion.schedule import (
-    CosineSchedule,
-    LinearSchedule,
-    Schedule,
-    ZeroTerminalSchedule,
     alpha_sigma,
 )
 from dalle2_video.diffusion.variance import RAW_LIMIT, fraction_of, learned_term, reverse_step
 
-Weight = Literal["eps", "x0", "v", "min_snr"]
 MIN_SNR_GAMMA = 5.0
 VARIANCE_WEIGHT = 0.001  # on the gradient: DeepSpeed, which clips all together, must not feel it
 VARIANCE_LIMIT = 4.0  # times what fractions that are far too high say
-
-
-@config_class
-class DiffusionConfig:
-    """Schedule, prediction and loss weight of one diffusion model.
-
-    prediction: what the network outputs. loss: whose plain squared error the loss is.
-    max_weight: upper limit of the factor on the squared error of x0 (100 is sigma clamped at 0.1).
-    noise: the schedule, whose limits and shift are of the cosine one. zero_terminal_snr: t = 1 is
-    pure noise; not with eps. variance_steps: T of the steps that a learned variance learns for
-    (`UnetConfig.learned_variance`); how often it is sampled is another matter.
-    """
-
-    prediction: Prediction = "v"
-    loss: Weight = "v"
-    max_weight: float = 1e4
-    log_snr_min: float = -10.0
-    log_snr_max: float = 10.0
-    shift: float = 0.0
-    noise: Literal["cosine", "linear"] = "cosine"
-    zero_terminal_snr: bool = False
-    variance_steps: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.variance_steps < 2:
-            raise ValueError(f"variance_steps must be 2 or more, not {self.variance_steps}")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction '{self.prediction}' is none of {', '.join(PREDICTIONS)}")
-        if self.loss not in get_args(Weight):
-            raise ValueError(f"loss '{self.loss}' is none of {', '.join(get_args(Weight))}")
-        if self.zero_terminal_snr and "eps" in (self.prediction, self.loss):
-            raise ValueError("zero_terminal_snr: eps does not determine x0 at t = 1, take v or x0")
-
-    @property
-    def schedule(self) -> Schedule:
-        """The noise schedule."""
-        cosine = CosineSchedule(self.log_snr_min, self.log_snr_max, self.shift)
-        inner = LinearSchedule() if self.noise == "linear" else cosine
-        return ZeroTerminalSchedule(inner) if self.zero_terminal_snr else inner
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ All functions take and return float32 of one shape (B, ...); log_snr is (B,).
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from dalle2_video.diffusion.config import Prediction
 from dalle2_video.diffusion.schedule import alpha_sigma
 
-Prediction = Literal["eps", "x0", "v"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dalle2_video.config import config_class
 from dalle2_video.data.media.tensors import to_float, to_uint8
 from dalle2_video.data.sources.captions import join_lines
 from dalle2_video.data.store.dataset import CelebVTextDataset
@@ -23,25 +21,6 @@ from dalle2_video.faces.attributes import FaceAttributes
 from dalle2_video.faces.probe import Probe, Score, score, targets_of
 from dalle2_video.pipeline.cascade import Cascade, Progress
 from dalle2_video.pipeline.sampling_config import SampleConfig
-
-
-@config_class
-class EvaluateConfig:
-    """The section `evaluate`. metric: attributes (embedded data), nearest (does a sample show its
-    own clip?), or nll (the bound on a clip's bits per dimension, by the first U-Net);
-    split and clips: whose captions are sampled; draws: steps of T that stand for all, of nll.
-    """
-
-    metric: Literal["attributes", "nearest", "nll"] = "attributes"
-    split: str = "heldout"
-    clips: int = 256
-    draws: int = 20
-
-    def __post_init__(self) -> None:
-        if self.clips < 1:
-            raise ValueError(f"clips must be at least 1, got {self.clips}")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalle2_video import keyed
 from dalle2_video.data.media.tensors import to_float, to_uint8
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.parameterization import expand, to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
 from dalle2_video.diffusion.variance import (

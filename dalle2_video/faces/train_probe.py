@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.pool import WorkerPool
+from dalle2_video.faces.config import FaceFormat
 from dalle2_video.faces.light import fit_light_rules
 from dalle2_video.faces.plan import FRACTIONS, FaceClip, plan
 from dalle2_video.faces.probe import (
@@ -34,7 +35,7 @@ from dalle2_video.faces.probe import (
     score,
     targets_of,
 )
-from dalle2_video.faces.writer import FaceFormat, draw_clip
+from dalle2_video.faces.writer import draw_clip
 from dalle2_video.keyed import generator
 from dalle2_video.model_file import save_model
 from dalle2_video.provenance import provenance

@@ -16,61 +16,23 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle2_video.config import config_class, from_config
+from dalle2_video.config import from_config
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.data.preprocess.pool import WorkerPool
 from dalle2_video.faces.attributes import FaceAttributes
 from dalle2_video.faces.captions import write_captions
+from dalle2_video.faces.config import FaceFormat, FacesConfig
 from dalle2_video.faces.plan import FRACTIONS, FaceClip, plan
 from dalle2_video.faces.render import render
 
 # Slower presets of x264 look ahead, and do not give the same bytes each time for small frames.
 CRF, PRESET = 14, "ultrafast"
 FORMAT = 1  # raise when the same settings give other clips, so that old archives are not continued
-
-
-@config_class
-class FacesConfig:
-    """The section `faces`: the embedded data set, rendered into its own folder `root` alone.
-
-    size: side in pixels, even, 16 to 512. fps: frames per second. seconds: length of each clip.
-    """
-
-    root: str = "data/faces"
-    clips: int = 4000
-    size: int = 64
-    fps: float = 8.0
-    seconds: float = 2.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size % 2 or not 16 <= self.size <= 512:
-            raise ValueError(f"size {self.size}: an even number from 16 to 512 is needed")
-        if self.clips < 1 or self.format.num_frames < 1:
-            raise ValueError("at least 1 clip of at least 1 frame (seconds times fps) is needed")
-
-    @property
-    def format(self) -> "FaceFormat":
-        return FaceFormat(self.size, self.fps, self.seconds)
-
-
-@dataclass(frozen=True)
-class FaceFormat:
-    """Side in pixels (even), frames per second and length of every clip."""
-
-    size: int = 64
-    fps: float = 8.0
-    seconds: float = 2.0
-
-    @property
-    def num_frames(self) -> int:
-        return round(self.fps * self.seconds)
 
 
 def read_attributes(path: str | os.PathLike[str]) -> dict[str, FaceAttributes]:

@@ -15,28 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_video.config import config_class
 from dalle2_video.models.attention import attend
 from dalle2_video.models.layers import LogSNREmbedding, zero_init
+from dalle2_video.models.prior_config import PriorConfig
 from dalle2_video.models.whitening import Examples, Whitening
-
-
-@config_class
-class PriorConfig:
-    """Sizes of the transformer; noise_draws: K, noised embeddings per text in training."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp_ratio: float = 4.0
-    noise_draws: int = 1
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
-        if self.noise_draws < 1:
-            raise ValueError(f"noise_draws must be at least 1, got {self.noise_draws}")
 
 
 class PriorBlock(nn.Module):

@@ -24,7 +24,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dalle2_video.config import config_class
+from dalle2_video.models.clip_config import PretrainedTextConfig, TrainedTextConfig
 from dalle2_video.models.sdpa import attention
 
 CONTEXT_LENGTH = 77
@@ -41,36 +41,6 @@ LOAD_ERRORS = (
     UnpicklingError,
     SafetensorError,
 )
-
-
-@config_class
-class TrainedTextConfig:
-    """A text tower trained from scratch together with the video tower."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp_ratio: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
-
-
-@config_class
-class PretrainedTextConfig:
-    """The text tower of an open_clip model.
-
-    name: open_clip model name, such as ViT-B-32 (ViT-B-32-quickgelu for OpenAI's weights).
-    weights: path of a checkpoint of that whole model, or a tag that open_clip knows for the name.
-    frozen: not trained, and not part of our checkpoints.
-    sha256: of the tower's weights (`weights_sha256`); where given, other weights are an error.
-    """
-
-    name: str
-    weights: str
-    frozen: bool = True
-    sha256: str | None = None
 
 
 class LineFeatures(NamedTuple):

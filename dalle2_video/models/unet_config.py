@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from dalle2_video.config import config_class
+from pydantic import Field, NonNegativeFloat
+
+from dalle2_video.config import Depth, Size, config_class
 
 
 @config_class
 class UnetConfig:
-    """Sizes of a Unet3D.
+    """Sizes of a Unet3D."""
 
-    image_size, num_frames: of the clips it is trained on. patch: pixel-unshuffle stem (1: none).
-    mults: width of each level over dim; each level has half the resolution of the one before.
-    attention, cross_attention: per level. temporal: over the frames, attention beside the spatial
-    one, or convolution at every level. self_condition: it also sees its last estimate of the clip
-    (Chen et al. 2022, Analog Bits, section 3).
-
-    num_lowres_frames, lowres_size: of the smaller clip (low resolution) that a super-resolution
-    network is given; None: it is none.
-    residual: what is diffused is the difference to that clip, resized and blended, over this
-    number, which should be about its root mean square; 0: the clip itself.
-
-    learned_variance: as many channels more, of which diffusion/variance.py makes the fraction of
-    each frequency; for networks without a smaller clip.
-    """
-
-    image_size: int = 32
-    num_frames: int = 8
-    channels: int = 3
-    patch: int = 4
-    dim: int = 128
-    mults: tuple[int, ...] = (1, 2)
-    blocks: int = 1
+    image_size: Size = 32
+    """Side in pixels of the clips that it is trained on."""
+    num_frames: Size = 8
+    """Frames of the clips that it is trained on."""
+    channels: Literal[3] = 3
+    """Channels of a frame: RGB."""
+    patch: Size = 4
+    """Side of the pixel-unshuffle stem in pixels; 1: none."""
+    dim: Size = 128
+    """Width of the first level."""
+    mults: Annotated[tuple[Size, ...], Field(min_length=1, max_length=16)] = (1, 2)
+    """Width of each level over `dim`; each level has half the resolution of the one before."""
+    blocks: Depth = 1
+    """Residual blocks of each level."""
     attention: tuple[bool, ...] = (True, True)
+    """Per level: attention over space (and over time, see `temporal`)."""
     cross_attention: tuple[bool, ...] = (False, True)
+    """Per level: attention to the text."""
     temporal: Literal["attention", "convolution"] = "attention"
-    head_dim: int = 64
-    cond_dim: int = 256
-    embedding_tokens: int = 4
-    dropout: float = 0.0
+    """What mixes frames: attention beside the spatial one, or convolution at every level."""
+    head_dim: Size = 64
+    """Width of an attention head."""
+    cond_dim: Size = 256
+    """Width of the conditions."""
+    embedding_tokens: Annotated[int, Field(ge=0, le=1_024)] = 4
+    """Tokens that the video embedding is turned into, beside those of the text; 0: none."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Rate of dropout in the residual blocks."""
     self_condition: bool = False
-    num_lowres_frames: int | None = None
-    lowres_size: int | None = None
-    residual: float = 0.0
+    """It also sees its last estimate of the clip (Chen et al. 2022, Analog Bits, section 3)."""
+    num_lowres_frames: Size | None = None
+    """Frames of the smaller clip that a super-resolution network is given; null: it is none."""
+    lowres_size: Size | None = None
+    """Side in pixels of that clip; null: it is none."""
+    residual: NonNegativeFloat = 0.0
+    """What is diffused is the difference to that clip, resized and blended, over this number, which
+    should be about its root mean square; 0: the clip itself."""
     learned_variance: bool = False
+    """As many channels more, of which diffusion/variance.py makes the fraction of each frequency;
+    for networks without a smaller clip."""
 
     def __post_init__(self) -> None:
         levels = len(self.mults)
@@ -72,11 +80,6 @@ class UnetConfig:
             )
         if self.residual and self.self_condition:
             raise ValueError("self_condition shows pixels: not with residual")
-        if min(self.num_lowres_frames, self.lowres_size) < 1:
-            raise ValueError(
-                f"num_lowres_frames {self.num_lowres_frames} and lowres_size {self.lowres_size} "
-                "must be 1 or more"
-            )
         if self.num_frames % self.num_lowres_frames or self.image_size % self.lowres_size:
             raise ValueError(
                 f"num_frames {self.num_frames} and image_size {self.image_size} must be multiples "

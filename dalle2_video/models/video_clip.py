@@ -12,49 +12,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle2_video.config import config_class
+from dalle2_video.models.clip_config import (
+    PretrainedTextConfig,
+    VideoCLIPConfig,
+)
 from dalle2_video.models.text_tower import (
     LineFeatures,
-    PretrainedTextConfig,
-    TrainedTextConfig,
     pretrained_tower,
     trained_tower,
     weights_sha256,
 )
-from dalle2_video.models.vivit import VideoTower, VideoTowerConfig
+from dalle2_video.models.vivit import VideoTower
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # Radford et al. 2021, section 2.5
 LOGIT_SCALE_MAX = math.log(100.0)
-
-
-@config_class
-class VideoCLIPConfig:
-    """embed_dim: D, the dimension that both towers project to."""
-
-    embed_dim: int
-    video: VideoTowerConfig
-    text: TrainedTextConfig | PretrainedTextConfig
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values that `from_dict` reads back."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> VideoCLIPConfig:
-        """The inverse of `to_dict`; a text section with a `name` is a pretrained tower."""
-        video = dict(values["video"])
-        video["patch"] = tuple(video["patch"])
-        text = values["text"]
-        kind = PretrainedTextConfig if "name" in text else TrainedTextConfig
-        return VideoCLIPConfig(values["embed_dim"], VideoTowerConfig(**video), kind(**text))
 
 
 @dataclass(frozen=True)

@@ -12,56 +12,13 @@ B batch, F frames, T tubelet indices = F / tubelet, N patches of a tubelet index
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dalle2_video.config import config_class
+from dalle2_video.models.clip_config import VideoTowerConfig
 from dalle2_video.models.sdpa import attention
-
-
-@config_class
-class VideoTowerConfig:
-    """image_size: side in pixels; patch (h, w) in pixels; tubelet: frames that one token spans.
-
-    embedding: linear is ViViT's; conv puts strided convolutions in its place.
-    """
-
-    image_size: int
-    num_frames: int
-    patch: tuple[int, int]
-    tubelet: int
-    width: int
-    spatial_layers: int
-    temporal_layers: int
-    heads: int
-    mlp_ratio: float = 4.0
-    embedding: Literal["linear", "conv"] = "linear"
-
-    def __post_init__(self) -> None:
-        sides = [("height of patch", self.patch[0]), ("width of patch", self.patch[1])]
-        for name, part in sides:
-            if part < 1 or self.image_size % part:
-                raise ValueError(f"{name} {part} does not divide image_size {self.image_size}")
-        if self.tubelet < 1 or self.num_frames % self.tubelet:
-            raise ValueError(f"tubelet {self.tubelet} does not divide num_frames {self.num_frames}")
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
-        side = self.patch[0]
-        if self.embedding == "conv" and (side < 2 or side & (side - 1) or side != self.patch[1]):
-            raise ValueError(f"a conv embedding needs a square patch of 2^n, not {self.patch}")
-
-    @property
-    def num_patches(self) -> int:
-        """N, patches of one tubelet index."""
-        return (self.image_size // self.patch[0]) * (self.image_size // self.patch[1])
-
-    @property
-    def num_tubelets(self) -> int:
-        """T, tubelet indices."""
-        return self.num_frames // self.tubelet
 
 
 class Attention(nn.Module):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dalle2_video.data.media.tensors import has_view, to_float, to_uint8
 from dalle2_video.data.sources.captions import pack_lines, text_to_lines, to_line
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.model_file import CheckpointError, file_hash
 from dalle2_video.models.conditioning import Condition
 from dalle2_video.models.prior import Prior

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.model_file import LoadedModel, load_model, load_weights
-from dalle2_video.models.prior import Prior, PriorConfig
+from dalle2_video.models.clip_config import VideoCLIPConfig
+from dalle2_video.models.prior import Prior
+from dalle2_video.models.prior_config import PriorConfig
 from dalle2_video.models.unet3d import Unet3D
 from dalle2_video.models.unet_config import UnetConfig
-from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
+from dalle2_video.models.video_clip import VideoCLIP
 
 
 def load_clip(path: Path) -> tuple[VideoCLIP, LoadedModel]:

@@ -1,4 +1,5 @@
-"""The samplers that a configuration can name. A new one is one entry of SAMPLERS.
+"""The samplers that a configuration can name. A new one is one entry of SAMPLERS,
+and its name in `SamplerName`.
 
 Each takes what the sampling of a clip gives it and returns x0 (B, C, F, H, W).
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dalle2_video.diffusion.guidance import Denoiser
 from dalle2_video.diffusion.samplers import Fraction, Noise, Progress, ancestral, ddim, dpm_solver
+from dalle2_video.pipeline.sampling_config import SamplerName
 
 GAMMA = 0.1  # of ancestral sampling, where nothing better is known
 
@@ -61,7 +63,7 @@ def _ancestral(s: SamplerInputs) -> Tensor:
     return ancestral(s.denoise, s.start(), s.steps, s.noise, gamma, corrector, s.progress)
 
 
-SAMPLERS: dict[str, Callable[[SamplerInputs], Tensor]] = {
+SAMPLERS: dict[SamplerName, Callable[[SamplerInputs], Tensor]] = {
     "ddim": _ddim,
     "ancestral": _ancestral,
     "dpm_solver": _dpm_solver,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.guidance import (
     Denoiser,
     denoiser,
@@ -21,7 +22,6 @@ from dalle2_video.diffusion.guidance import (
     guided,
     static_threshold,
 )
-from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.diffusion.samplers import ddim
 from dalle2_video.diffusion.schedule import sampler_steps
 from dalle2_video.diffusion.tiles import Tiles

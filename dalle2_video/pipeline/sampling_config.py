@@ -2,59 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dalle2_video.config import config_class, default
-from dalle2_video.diffusion.guidance import Scale, interval_scale, oscillating_scale
+from dalle2_video.config import Depth, LogSNR, Share, Size, config_class, default
 from dalle2_video.models.unet_config import UnetConfig
-from dalle2_video.pipeline.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalle2_video.diffusion.guidance import Scale
+
+SamplerName = Literal["dpm_solver", "ddim", "ancestral"]  # the keys of pipeline/samplers.py
 
 
 @config_class
 class UnetSampling:
-    """How one U-Net of the cascade is sampled.
+    """How one U-Net of the cascade is sampled."""
 
-    sampler: a key of SAMPLERS, in so many steps. eta: of ddim, 0 = deterministic. gamma, corrector:
-    of ancestral; gamma None is what the network has learned, or 0.1. guidance_scale: 1 is the plain
-    conditional model. guidance: when it applies: "constant"; "interval", between the log-SNRs
-    guidance_interval; or "oscillating", the first guidance_constant share of the steps, then every
-    other one. guidance_rescale: see `guided`. batch_size: clips at a time.
-    """
-
-    sampler: str = "dpm_solver"
-    steps: int = 15
-    eta: float = 0.0
-    gamma: float | None = None
-    corrector: float = 0.0
+    sampler: SamplerName = "dpm_solver"
+    """dpm_solver: DPM-Solver++(2M); ddim; ancestral."""
+    steps: Depth = 15
+    """Sampler steps."""
+    eta: Share = 0.0
+    """Noise of ddim; 0: deterministic."""
+    gamma: Share | None = None
+    """Of ancestral: the log-variance of a step between its bounds; null: what the network has
+    learned, or 0.1."""
+    corrector: NonNegativeFloat = 0.0
+    """Of ancestral: size of the Langevin step after each step; 0: none."""
     guidance_scale: float = 1.0
+    """Classifier-free guidance; 1: the plain conditional model."""
     guidance: Literal["constant", "interval", "oscillating"] = "constant"
-    guidance_interval: tuple[float, float] = (-8.0, 4.0)
-    guidance_constant: float = 0.5
-    guidance_rescale: float = 0.0
+    """When guidance applies: always, between two log-SNRs, or in the first steps and then in every
+    other one."""
+    guidance_interval: tuple[LogSNR, LogSNR] = (-8.0, 4.0)
+    """The two log-SNRs of guidance=interval."""
+    guidance_constant: Share = 0.5
+    """Share of the steps that come before guidance=oscillating skips every other one."""
+    guidance_rescale: Share = 0.0
+    """How far the estimate's deviation is brought back to the conditional one's; 0.7 helps large
+    scales."""
     threshold: Literal["none", "static", "dynamic"] = "static"
-    batch_size: int = 32
+    """Limits of the estimate: none, the range of pixels, or a quantile of the estimate."""
+    batch_size: PositiveInt = 32
+    """Clips at a time."""
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}")
-        self._at_least(1, "steps", "batch_size")
-        self._at_least(0, "corrector")
-        for name in ("eta", "gamma", "guidance_constant", "guidance_rescale"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         low, high = self.guidance_interval
         if not low < high:
             raise ValueError(f"guidance_interval must rise, not {low}, {high}")
 
-    def _at_least(self, least: int, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
     def scale(self, steps: Tensor) -> float | Scale:
         """The scale of guidance for a sampler that goes through these log-SNRs."""
+        # here, since it imports torch
+        from dalle2_video.diffusion.guidance import interval_scale, oscillating_scale
+
         match self.guidance:
             case "interval":
                 return interval_scale(self.guidance_scale, *self.guidance_interval)
@@ -65,46 +69,44 @@ class UnetSampling:
 
 @config_class
 class SuperResolutionSampling(UnetSampling):
-    """How a super-resolution U-Net is sampled.
+    """How a super-resolution U-Net is sampled."""
 
-    augmentation: log-SNR of the noise on the smaller clip (Imagen Video: 1.1 to 1.6; 10 is as good
-    as none). tile: frames that the network sees at once of a longer clip, None = as many as it was
-    made for; overlap: frames that neighbouring tiles share at least.
-    """
-
-    steps: int = 8
-    batch_size: int = 16
-    augmentation: float = 8.0
-    tile: int | None = None
-    overlap: int = 4
+    steps: Depth = 8
+    """Sampler steps."""
+    batch_size: PositiveInt = 16
+    """Clips at a time."""
+    augmentation: LogSNR = 8.0
+    """Log-SNR of the noise on the smaller clip (Imagen Video: 1.1 to 1.6); 10 is as good as
+    none."""
+    tile: Size | None = None
+    """Frames that the network sees at once of a longer clip; null: as many as it was made for."""
+    overlap: NonNegativeInt = 4
+    """Frames that neighbouring tiles share at least."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(0, "overlap")
         if self.tile is not None and self.tile <= self.overlap:
             raise ValueError(f"tile {self.tile} must be larger than overlap {self.overlap}")
 
 
 @config_class
 class SampleConfig(UnetSampling):
-    """The section `sample`: its first U-Net as in UnetSampling, the super-resolution by `unets`.
-
-    unets: name -> how. prior_draws: embeddings drawn per clip, of which the one nearest to the text
-    is kept (DALL-E 2 draws two). candidates: clips drawn per text, of which the one is kept that
-    the video CLIP finds nearest to the text.
-    """
+    """How the cascade is sampled: its first U-Net, and the super-resolution by `unets`."""
 
     guidance_scale: float = 3.0
+    """Classifier-free guidance; 1: the plain conditional model."""
     unets: dict[str, SuperResolutionSampling] = default(dict)
-    prior_steps: int = 25
+    """Name of a super-resolution U-Net -> how it is sampled."""
+    prior_steps: Depth = 25
+    """Sampler steps of the prior."""
     prior_guidance_scale: float = 1.5
-    prior_draws: int = 2
-    candidates: int = 1
+    """Classifier-free guidance of the prior."""
+    prior_draws: Size = 2
+    """Embeddings drawn per clip; the one nearest to the text is kept (DALL-E 2 draws two)."""
+    candidates: Size = 1
+    """Clips drawn per text; the one that the video CLIP finds nearest to the text is kept."""
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._at_least(1, "prior_steps", "prior_draws", "candidates")
+    """Of the samples."""
 
     def of(self, name: str, model: UnetConfig) -> UnetSampling:
         """How the U-Net of that name is sampled."""

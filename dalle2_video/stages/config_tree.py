@@ -6,74 +6,90 @@ experiment has otherwise. `settings_of` turns what Hydra has composed into the c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
+from pydantic import Field, PositiveInt
 
 from dalle2_video.config import config_class, default, defaults_of, from_config
 from dalle2_video.data.config import DataConfig
-from dalle2_video.evaluation.alignment import EvaluateConfig
-from dalle2_video.faces.writer import FacesConfig
+from dalle2_video.evaluation.config import EvaluateConfig
+from dalle2_video.faces.config import FacesConfig
 from dalle2_video.pipeline.sampling_config import SampleConfig, SuperResolutionSampling
-from dalle2_video.stages.prior import PriorSection
-from dalle2_video.stages.unet_section import UnetSection
-from dalle2_video.stages.video_clip import ClipSection
+from dalle2_video.stages.sections import ClipSection, PriorSection, UnetSection
+from dalle2_video.training.config import Precision
 
 
 @config_class
 class Settings:
-    """All settings of a command.
-
-    train_name, run_dir: the run's name and folder. seed: of training. validation: the split to
-    validate on. force: go on with a run that was begun with another configuration. timeout_minutes:
-    how long a rank waits for one that hangs, before the run ends. wandb_mode: online | offline;
-    None: WANDB_MODE or online. unet: which of `unets` train_decoder.py trains. cascade: the U-Nets
-    that a sample goes through.
-
-    preprocess.py: part of `parts`, every parts-th archive, each part perhaps on its own machine;
-    check: read the store back and report, instead of making it. faces: the embedded data set, or
-    None.
-
-    sample.py: text, one (taken apart at its sentences) or a list of lines, or file, with a text per
-    line; without both an example. num_samples: clips per text. save_intermediates: write the clips
-    of the earlier U-Nets too. out: folder; None: in run_dir.
-    """
+    """All settings of a command."""
 
     train_name: str = "default"
+    """Name of the run."""
     run_dir: str = "runs/${train_name}"
+    """Folder of the run; each stage has its own in it."""
     seed: int = 0
+    """Of training."""
     validation: str = "val"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """The split to validate on."""
+    mixed_precision: Precision = "no"
+    """Autocast of the network's arithmetic over float32 weights."""
     force: bool = False
-    timeout_minutes: float = 30.0
+    """Go on with a run that was begun with another configuration."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=100_000)] = 30.0
+    """How long a rank waits for one that hangs, before the run ends."""
     use_wandb: bool = False
+    """Log to Weights & Biases."""
     wandb_project: str = "dalle2-video"
+    """Its project."""
     wandb_entity: str | None = None
+    """Its user or team; null: your default one."""
     wandb_tags: tuple[str, ...] = ()
+    """Tags of the run there."""
     wandb_mode: Literal["online", "offline"] | None = None
+    """null: WANDB_MODE, or online."""
 
     unet: str = "base"
-    cascade: tuple[str, ...] = ("base",)
+    """Which of `unets` train_decoder.py trains."""
+    cascade: Annotated[tuple[str, ...], Field(min_length=1)] = ("base",)
+    """The U-Nets that a sample goes through, in this order."""
 
-    part: int = 1
-    parts: int = 1
+    part: PositiveInt = 1
+    """preprocess.py takes the part-th of `parts` shares of the archives."""
+    parts: PositiveInt = 1
+    """Into how many shares the archives are dealt, each perhaps for its own machine."""
     check: bool = False
+    """preprocess.py reads the store back and reports, instead of making it."""
 
     text: str | tuple[str, ...] | None = None
+    """One text (taken apart at its sentences) or a list of lines; without `text` and `file` an
+    example."""
     file: str | None = None
-    num_samples: int = 1
+    """A file with a text per line."""
+    num_samples: PositiveInt = 1
+    """Clips per text."""
     format: Literal["mp4", "frames"] = "mp4"
+    """A video per clip, or a folder of PNG frames."""
     save_intermediates: bool = False
+    """Write the clips of the earlier U-Nets too."""
     out: str | None = None
+    """Folder of the results; null: in `run_dir`."""
 
     faces: FacesConfig | None = None
+    """The embedded data set; null: none is rendered."""
     data: DataConfig = default(DataConfig)
+    """The clips."""
     clip: ClipSection = default(ClipSection)
+    """The video CLIP."""
     prior: PriorSection = default(PriorSection)
+    """The prior."""
     unets: dict[str, UnetSection] = default(lambda: {"base": UnetSection()})
+    """The U-Nets of the cascade by name."""
     sample: SampleConfig = default(SampleConfig)
+    """How the cascade is sampled."""
     evaluate: EvaluateConfig = default(EvaluateConfig)
+    """How a run is judged."""
 
     def __post_init__(self) -> None:
         for key, name in [("unet", self.unet), *(("cascade", name) for name in self.cascade)]:

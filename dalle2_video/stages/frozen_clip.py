@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
-from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
+from dalle2_video.data.config import CaptionPolicy
+from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions
 from dalle2_video.data.store.dataset import Batch, CelebVTextDataset, embedding_keys
 from dalle2_video.data.store.embeddings import EmbeddingCache
 from dalle2_video.data.store.store import ClipStore
@@ -77,7 +78,7 @@ def load_conditions(
     cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
     cache.check_order(embedding_keys(store))
     train = CelebVTextDataset(
-        store, "train", seed, captions, cache, load_frames, num_images=num_images
+        store, "train", seed, TrainingCaptions(captions), cache, load_frames, num_images=num_images
     )
     still = EvaluationCaptions()
     val = CelebVTextDataset(store, validation, seed, still, cache, load_frames)

@@ -13,46 +13,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle2_video import keyed
-from dalle2_video.config import config_class, default
-from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.dataset import Batch, CelebVTextDataset, eval_loader
-from dalle2_video.diffusion.objective import DiffusionConfig, add_noise, per_sample_loss
-from dalle2_video.models.prior import Prior, PriorConfig
+from dalle2_video.diffusion.objective import add_noise, per_sample_loss
+from dalle2_video.models.prior import Prior
 from dalle2_video.models.whitening import Whitening
 from dalle2_video.pipeline.sampling import sample_embeddings
 from dalle2_video.pipeline.sampling_config import SampleConfig
 from dalle2_video.stages.frozen_clip import Conditions, TextEncoder, draw_t
-from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
-
-
-@config_class
-class PriorSection:
-    """The section `prior` of the configuration. text_drop: rate of texts replaced by the null
-    text.
-    """
-
-    captions: CaptionPolicy = default(lambda: CaptionPolicy(join_probability=0.4))
-    model: PriorConfig = default(
-        lambda: PriorConfig(width=1024, layers=12, heads=16, noise_draws=4)
-    )
-    diffusion: DiffusionConfig = default(lambda: DiffusionConfig(prediction="x0", loss="x0"))
-    text_drop: float = 0.1
-    train: TrainConfig = default(
-        lambda: TrainConfig(
-            batch_size=512,
-            clips=10_000_000,
-            lr=1.1e-4,
-            warmup_clips=500_000,
-            lr_schedule="cosine",
-            weight_decay=0.06,
-            betas=(0.9, 0.96),
-            ema_halflife_clips=500_000,
-            log_every_clips=10_240,
-            val_every_clips=512_000,
-            save_every_clips=512_000,
-            workers=4,
-        )
-    )
+from dalle2_video.stages.sections import PriorSection
+from dalle2_video.training.stage import Loss, Stage, StepInfo
 
 
 def whitening_of(model: nn.Module, accelerator: Accelerator) -> Whitening:

@@ -37,12 +37,13 @@ from dalle2_video.stages.frozen_clip import (
     shared_coin,
 )
 from dalle2_video.stages.joint import join_frames, join_lowres, split_frames
+from dalle2_video.stages.sections import UnetSection
 from dalle2_video.stages.super_resolution import crop_of, draw_corners, draw_lowres
-from dalle2_video.stages.unet_section import TOKENS_MULTIPLE, UnetSection
 from dalle2_video.training.accelerator import splits_weights
 from dalle2_video.training.stage import Loss, Sample, Stage, StepInfo
 
 SAMPLES = 8
+TOKENS_MULTIPLE = 128  # text tokens are padded to a multiple of it for a compiled network
 Kind = Literal["clips", "images"]
 
 

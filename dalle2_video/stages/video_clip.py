@@ -12,89 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from dalle2_video import keyed
-from dalle2_video.config import ConfigError, config_class, default
+from dalle2_video.config import ConfigError
 from dalle2_video.data.media.tensors import has_view, to_float
-from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
+from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions
 from dalle2_video.data.store.dataset import Batch, CelebVTextDataset
 from dalle2_video.data.store.store import ClipStore
 from dalle2_video.evaluation.retrieval import Retrieval, retrieval
-from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConfig
-from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
-from dalle2_video.models.vivit import VideoTowerConfig
+from dalle2_video.models.video_clip import VideoCLIP
 from dalle2_video.stages.contrastive import caption_ids, contrastive_loss
 from dalle2_video.stages.embeddings import over_split
+from dalle2_video.stages.sections import ClipSection
 from dalle2_video.training.accelerator import process_state
-from dalle2_video.training.stage import Loss, Stage, StepInfo, TrainConfig
-
-
-@config_class
-class TextSection:
-    """clip.model.text: an open_clip tower where `name` is given, otherwise a small one to train."""
-
-    name: str | None = "ViT-B-32"
-    weights: str | None = "laion2b_s34b_b79k"
-    frozen: bool = True
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    mlp_ratio: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.name is not None and self.weights is None:
-            raise ConfigError(f"weights: needed with name={self.name} (a path or an open_clip tag)")
-
-    def tower(self) -> TrainedTextConfig | PretrainedTextConfig:
-        """The config of the tower that this section asks for."""
-        if self.name is None:
-            return TrainedTextConfig(self.width, self.layers, self.heads, self.mlp_ratio)
-        assert self.weights is not None
-        return PretrainedTextConfig(self.name, self.weights, self.frozen)
-
-
-@config_class
-class ModelSection:
-    """clip.model: both towers and the dimension that they share."""
-
-    embed_dim: int = 512
-    video: VideoTowerConfig = default(
-        lambda: VideoTowerConfig(
-            image_size=64,
-            num_frames=16,
-            patch=(8, 8),
-            tubelet=2,
-            width=768,
-            spatial_layers=12,
-            temporal_layers=4,
-            heads=12,
-        )
-    )
-    text: TextSection = default(TextSection)
-
-    def model_config(self) -> VideoCLIPConfig:
-        """What VideoCLIP takes."""
-        return VideoCLIPConfig(self.embed_dim, self.video, self.text.tower())
-
-
-@config_class
-class ClipSection:
-    """The section `clip` of the configuration; `captions` is the policy of training."""
-
-    captions: CaptionPolicy = default(CaptionPolicy)
-    model: ModelSection = default(ModelSection)
-    train: TrainConfig = default(
-        lambda: TrainConfig(
-            batch_size=512,
-            clips=3_000_000,
-            warmup_clips=100_000,
-            lr_schedule="cosine",
-            weight_decay=0.2,
-            betas=(0.9, 0.98),
-            ema_halflife_clips=None,
-            log_every_clips=5_120,
-            val_every_clips=256_000,
-            save_every_clips=256_000,
-        )
-    )
+from dalle2_video.training.config import TrainConfig
+from dalle2_video.training.stage import Loss, Stage, StepInfo
 
 
 def objective(
@@ -162,7 +92,7 @@ def clip_stage(section: ClipSection, store: ClipStore, seed: int, validation: st
         name="clip",
         model=model,
         objective=partial(objective, view=view),
-        train_set=CelebVTextDataset(store, "train", seed, section.captions),
+        train_set=CelebVTextDataset(store, "train", seed, TrainingCaptions(section.captions)),
         val_set=val_set,
         validate=lambda m, accelerator: judge(m, val_set, view).metrics(),
         config=model.config.to_dict(),

@@ -14,9 +14,9 @@ from dalle2_video.data.store.store import ClipStore, open_store
 from dalle2_video.faces.writer import write_dataset
 from dalle2_video.stages.config_tree import Settings
 from dalle2_video.training.accelerator import process_state
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.config_guard import flat
 from dalle2_video.training.log import check_wandb
-from dalle2_video.training.stage import RunConfig
 
 
 def render_faces(settings: Settings) -> bool:

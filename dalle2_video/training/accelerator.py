@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import nn
 
 from dalle2_video.config import ConfigError
-from dalle2_video.training.stage import RunConfig, TrainConfig
+from dalle2_video.training.config import RunConfig, TrainConfig
 
 
 @dataclass

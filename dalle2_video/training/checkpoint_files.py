@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from dalle2_video.model_file import check_format, sync_path, translated
+from dalle2_video.training.config import TrainConfig
 from dalle2_video.training.progress import Progress
-from dalle2_video.training.stage import TrainConfig
 
 FORMAT = 2
 WEIGHTS = "model.safetensors"  # the name that Accelerate gives to the weights of the first model

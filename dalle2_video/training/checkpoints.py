@@ -30,11 +30,12 @@ from dalle2_video.model_file import (
 )
 from dalle2_video.training import checkpoint_files as files
 from dalle2_video.training.accelerator import strategy_of
+from dalle2_video.training.config import TrainConfig
 from dalle2_video.training.config_guard import differences, flat
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.progress import Progress
 from dalle2_video.training.sharded import ShardedParams
-from dalle2_video.training.stage import Stage, TrainConfig
+from dalle2_video.training.stage import Stage
 from dalle2_video.training.weights_only import weights_only
 
 WHOLE = ("one process", "ddp")  # strategies under which every rank holds everything

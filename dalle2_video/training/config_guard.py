@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 
 from dalle2_video.config import ConfigError, name_of_today
-from dalle2_video.training.stage import RunConfig
+from dalle2_video.training.config import RunConfig
 
 SHOWN = 6  # differing keys in a message
 WHOLE_RUN = ("seed", "mixed_precision", "faces")  # of every stage; faces: null where there are none

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.errors import UserError
-from dalle2_video.training.stage import RunConfig, Sample
+from dalle2_video.training.config import RunConfig
+from dalle2_video.training.stage import Sample
 
 
 class WandbKeyError(UserError, RuntimeError):

@@ -29,6 +29,7 @@ from dalle2_video.provenance import provenance
 from dalle2_video.training.accelerator import make_accelerator, strategy_of
 from dalle2_video.training.checkpoint_files import saved_progress
 from dalle2_video.training.checkpoints import Checkpoints
+from dalle2_video.training.config import RunConfig, TrainConfig
 from dalle2_video.training.config_guard import check_folder, check_ranks, data_facts, from_yaml
 from dalle2_video.training.divergence import DivergenceCheck
 from dalle2_video.training.ema import Ema
@@ -55,7 +56,7 @@ from dalle2_video.training.preemption import (
 from dalle2_video.training.prepare import prepare
 from dalle2_video.training.progress import Progress
 from dalle2_video.training.sharded import sharded_params
-from dalle2_video.training.stage import RunConfig, Stage, StepInfo, TrainConfig
+from dalle2_video.training.stage import Stage, StepInfo
 from dalle2_video.training.validation import evaluate, no_trace
 
 STEPS_BEHIND = 1  # on a GPU: metrics are read, and signals heeded, one optimizer step later

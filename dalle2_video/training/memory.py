@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from dalle2_video.training.stage import RunConfig, Stage, StepInfo, TrainConfig
+from dalle2_video.training.config import RunConfig, TrainConfig
+from dalle2_video.training.stage import Stage, StepInfo
 from dalle2_video.training.validation import no_trace
 
 FLOAT = 4  # bytes; weights, moments and averages are float32 everywhere

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import nn
 
+from dalle2_video.training.config import TrainConfig
 from dalle2_video.training.muon import Muon
-from dalle2_video.training.stage import TrainConfig
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle2_video.training.accelerator import autocast_forward
+from dalle2_video.training.config import TrainConfig
 from dalle2_video.training.optimizer import make_optimizer
-from dalle2_video.training.stage import TrainConfig
 
 
 def prepare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dalle2_video.training.stage import TrainConfig
+from dalle2_video.training.config import TrainConfig
 
 
 @dataclass

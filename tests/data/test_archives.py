@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dalle2_video.data.config import CATEGORIES
 from dalle2_video.data.sources.archives import ArchiveError, Catalogue, find_sources
-from dalle2_video.data.sources.captions import CATEGORIES
 from tests.helpers.media import captions, clip_id, write_zip
 
 A, B, C = clip_id(1), clip_id(2), clip_id(3)

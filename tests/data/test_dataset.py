@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from dalle2_video.data.config import StoreSettings
+from dalle2_video.data.config import CaptionPolicy, StoreSettings
 from dalle2_video.data.media.encode import encode_window
-from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
+from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions
 from dalle2_video.data.store.dataset import (
     Batch,
     CelebVTextDataset,
@@ -45,9 +45,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ClipStore:
 
 
 def dataset(store: ClipStore, split: str = "train", drop: bool = True, **more) -> CelebVTextDataset:
-    return CelebVTextDataset(
-        store, split, 11, CaptionPolicy() if drop else EvaluationCaptions(), **more
-    )
+    captions = TrainingCaptions(CaptionPolicy()) if drop else EvaluationCaptions()
+    return CelebVTextDataset(store, split, 11, captions, **more)
 
 
 def same(a: Batch, b: Batch) -> bool:

@@ -21,11 +21,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from dalle2_video.config import ConfigError, from_config
-from dalle2_video.data.config import DataConfig
+from dalle2_video.data.config import CATEGORIES, DataConfig
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.run import _make_clip, preprocess
 from dalle2_video.data.sources.archives import ArchiveError
-from dalle2_video.data.sources.captions import CATEGORIES, encode
+from dalle2_video.data.sources.captions import encode
 from dalle2_video.data.store.shard import StoreError, read_index, shard_paths
 from dalle2_video.data.store.store import open_store
 from tests.helpers.launching import ROOT
@@ -545,9 +545,9 @@ def test_the_section_is_checked_before_any_work() -> None:
     assert from_config(DataConfig, section, "data").settings.shape == (8, 32, 32, 3)
     with pytest.raises(ConfigError, match=r"data\.frames: unknown key"):
         from_config(DataConfig, {**section, "frames": 3}, "data")
-    with pytest.raises(ConfigError, match="fps, num_frames and size must be positive"):
+    with pytest.raises(ConfigError, match=r"data\.fps: must be above 0, got 0"):
         from_config(DataConfig, {**section, "fps": 0}, "data")
-    with pytest.raises(ConfigError, match="span must be first or full, not last"):
+    with pytest.raises(ConfigError, match=r"data\.span: must be 'first' or 'full', got 'last'"):
         from_config(DataConfig, {**section, "span": "last"}, "data")
 
 

@@ -14,7 +14,8 @@ import av
 import numpy as np
 import pytest
 
-from dalle2_video.data.sources.captions import CATEGORIES, encode
+from dalle2_video.data.config import CATEGORIES
+from dalle2_video.data.sources.captions import encode
 from tests.helpers.launching import ROOT
 
 SCRIPT = ROOT / "examples" / "real_clips.py"

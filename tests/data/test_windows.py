@@ -10,18 +10,19 @@ import h5py
 import numpy as np
 import pytest
 
-from dalle2_video.data.config import StoreSettings
+from dalle2_video.data.config import CaptionPolicy, StoreSettings
 from dalle2_video.data.media.decode import MOST_WINDOWS, decode_clip, decode_window
 from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
 from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions
+from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions
 from dalle2_video.data.store.dataset import CelebVTextDataset, embedding_keys
 from dalle2_video.data.store.shard import ShardWriter, StoreError, read_index, shard_paths
 from dalle2_video.data.store.store import open_store
+from dalle2_video.faces.config import FaceFormat
 from dalle2_video.faces.plan import plan
-from dalle2_video.faces.writer import FaceFormat, draw_clip
+from dalle2_video.faces.writer import draw_clip
 from tests.helpers.media import clip_id, grey_steps, index_first, numbers, write_video, write_zip
 from tests.helpers.stores import config, skipped
 
@@ -162,7 +163,7 @@ def test_evaluation_meets_each_clip_once(tmp_path: Path) -> None:
     store = open_store(made)
     assert (
         len(embedding_keys(store))
-        == len(CelebVTextDataset(store, "train", 0, CaptionPolicy()))
+        == len(CelebVTextDataset(store, "train", 0, TrainingCaptions(CaptionPolicy())))
         == 6
     )
     policy = EvaluationCaptions()
@@ -239,7 +240,7 @@ def test_a_damaged_encoded_store_is_named(tmp_path: Path) -> None:
 def test_settings_that_contradict_each_other_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="windows must be one"):
         StoreSettings(8.0, 2, 8, span="full", windows="all")
-    with pytest.raises(ValueError, match="encoding must be raw or h264, not png"):
+    with pytest.raises(ValueError, match="Input should be 'raw' or 'h264'"):
         replace(config(tmp_path), encoding="png")
     with pytest.raises(ValueError, match="must be positive"):
         StoreSettings(0.0, 2, 8)

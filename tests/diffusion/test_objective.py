@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from dalle2_video.diffusion.objective import (
-    DiffusionConfig,
-    add_noise,
-    loss_weight,
-    per_sample_loss,
-)
+from dalle2_video.diffusion.config import DiffusionConfig
+from dalle2_video.diffusion.objective import add_noise, loss_weight, per_sample_loss
 from dalle2_video.diffusion.parameterization import PREDICTIONS, eps_from_x0, target
 
 

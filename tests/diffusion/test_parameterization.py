@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from dalle2_video.diffusion.objective import (
-    DiffusionConfig,
-    add_noise,
-)
+from dalle2_video.diffusion.config import DiffusionConfig
+from dalle2_video.diffusion.objective import add_noise
 from dalle2_video.diffusion.parameterization import PREDICTIONS, eps_from_x0, target, to_x0
 from dalle2_video.diffusion.schedule import (
     alpha_sigma,

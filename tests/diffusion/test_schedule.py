@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 
-from dalle2_video.diffusion.objective import (
-    DiffusionConfig,
-)
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.schedule import (
     CosineSchedule,
     LinearSchedule,

@@ -7,11 +7,11 @@ import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from benchmarks.learned_variance import RECIPES
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.frequencies import from_frequencies, octave_weights, to_frequencies
 from dalle2_video.diffusion.objective import (
     VARIANCE_LIMIT,
     VARIANCE_WEIGHT,
-    DiffusionConfig,
     add_noise,
     variance_loss,
 )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from dalle2_video.data.media.tensors import to_float
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.schedule import CosineSchedule, alpha_sigma
 from dalle2_video.diffusion.variance import (
     BIN,

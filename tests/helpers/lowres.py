@@ -5,8 +5,8 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.lowres import fit
-from dalle2_video.diffusion.objective import DiffusionConfig
 from dalle2_video.models.conditioning import Condition, LowRes
 from dalle2_video.models.unet_config import UnetConfig
 

@@ -15,8 +15,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from dalle2_video.data.store.shard import StoreError
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from dalle2_video import keyed
 from dalle2_video.config import ConfigError
 from dalle2_video.training import checkpoints
+from dalle2_video.training.config import RunConfig, TrainConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.sharded import sharded_params
-from dalle2_video.training.stage import Loss, RunConfig, Stage, StepInfo, TrainConfig
+from dalle2_video.training.stage import Loss, Stage, StepInfo
 from dalle2_video.training.validation import mean_objective
 from tests.helpers.run_files import half_done
 

@@ -12,7 +12,8 @@ from dalle2_video.models.layers import (
     TemporalConv,
     sinusoidal,
 )
-from dalle2_video.models.prior import PriorBlock, PriorConfig
+from dalle2_video.models.prior import PriorBlock
+from dalle2_video.models.prior_config import PriorConfig
 from tests.helpers.networks import awake
 
 

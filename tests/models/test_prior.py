@@ -2,7 +2,8 @@
 
 import torch
 
-from dalle2_video.models.prior import Prior, PriorConfig, attention_mask
+from dalle2_video.models.prior import Prior, attention_mask
+from dalle2_video.models.prior_config import PriorConfig
 from tests.helpers.networks import awake, prior_inputs
 
 CONFIG = PriorConfig(width=32, layers=2, heads=2, noise_draws=3)

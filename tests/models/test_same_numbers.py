@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle2_video.data.sources.captions import tokenize
+from dalle2_video.models.clip_config import TrainedTextConfig, VideoCLIPConfig, VideoTowerConfig
 from dalle2_video.models.conditioning import Condition, LowRes
-from dalle2_video.models.prior import Prior, PriorConfig
-from dalle2_video.models.text_tower import TrainedTextConfig
+from dalle2_video.models.prior import Prior
+from dalle2_video.models.prior_config import PriorConfig
 from dalle2_video.models.unet3d import Unet3D
-from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
-from dalle2_video.models.vivit import VideoTowerConfig
+from dalle2_video.models.video_clip import VideoCLIP
 from tests.helpers.lowres import BOTH
 from tests.helpers.networks import EXAMPLES, SMALL, filled, waves
 

@@ -7,12 +7,8 @@ import torch
 from torch import nn
 
 from dalle2_video import keyed
-from dalle2_video.diffusion.objective import (
-    DiffusionConfig,
-    add_noise,
-    per_sample_loss,
-    variance_loss,
-)
+from dalle2_video.diffusion.config import DiffusionConfig
+from dalle2_video.diffusion.objective import add_noise, per_sample_loss, variance_loss
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.samplers import ancestral
 from dalle2_video.diffusion.schedule import sampler_steps

@@ -15,16 +15,16 @@ from open_clip.transformer import TextTransformer
 
 from dalle2_video.data.sources.captions import tokenize
 from dalle2_video.model_file import CheckpointError, file_hash, load_model, load_weights, save_model
-from dalle2_video.models.sdpa import attention
-from dalle2_video.models.text_tower import (
-    EOT,
+from dalle2_video.models.clip_config import (
     PretrainedTextConfig,
-    TextTower,
     TrainedTextConfig,
-    weights_sha256,
+    VideoCLIPConfig,
+    VideoTowerConfig,
 )
-from dalle2_video.models.video_clip import VideoCLIP, VideoCLIPConfig
-from dalle2_video.models.vivit import ConvTubelets, VideoTower, VideoTowerConfig
+from dalle2_video.models.sdpa import attention
+from dalle2_video.models.text_tower import EOT, TextTower, weights_sha256
+from dalle2_video.models.video_clip import VideoCLIP
+from dalle2_video.models.vivit import ConvTubelets, VideoTower
 from dalle2_video.training.optimizer import param_groups
 from tests.helpers.towers import MODEL_CONFIG, NAME, open_clip_checkpoint
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dalle2_video import keyed
 from dalle2_video.config import from_config
 from dalle2_video.data.store.embeddings import EmbeddingCache
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.samplers import ancestral, ddim, dpm_solver
 from dalle2_video.diffusion.schedule import CosineSchedule, sampler_steps
 from dalle2_video.models.conditioning import Condition

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dalle2_video import keyed
+from dalle2_video.data.config import CaptionPolicy
 from dalle2_video.data.media.tensors import to_float
-from dalle2_video.data.sources.captions import CaptionPolicy
 from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
 from dalle2_video.pipeline.loading import load_clip
 from dalle2_video.stages.config_tree import settings_of

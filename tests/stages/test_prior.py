@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from dalle2_video import keyed
 from dalle2_video.config import from_config
 from dalle2_video.data.store.dataset import Batch, eval_loader
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.schedule import alpha_sigma
-from dalle2_video.models.prior import Prior, PriorConfig
+from dalle2_video.models.prior import Prior
+from dalle2_video.models.prior_config import PriorConfig
 from dalle2_video.models.video_clip import TextEncoding
 from dalle2_video.models.whitening import Whitening
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.frozen_clip import draw_t, load_conditions
-from dalle2_video.stages.prior import PriorSection, prior_stage
+from dalle2_video.stages.prior import prior_stage
+from dalle2_video.stages.sections import PriorSection
 from dalle2_video.stages.wiring import store_of
 from dalle2_video.training.stage import Stage, StepInfo
 from tests.helpers.networks import EXAMPLES, waves

@@ -132,7 +132,7 @@ def test_config_mistakes_fail_at_once_with_the_key(configure, tmp_path) -> None:
         (train_decoder, "unet=top", r"unet=top: unets has only base, tsr, ssr"),
         (train_prior, "prior.diffusion.loss=l2", r"prior.diffusion.*'?loss"),
         (train_clip, "+clip.model.vidoe=1", r"clip.model.vidoe"),
-        (train_decoder, "sample.steps=0", r"sample: steps must be at least 1"),
+        (train_decoder, "sample.steps=0", r"sample.steps: must be at least 1"),
     ]
     for script, override, message in cases:
         with pytest.raises(ConfigError, match=message):

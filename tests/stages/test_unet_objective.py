@@ -13,15 +13,15 @@ from torch import Tensor
 from dalle2_video import keyed
 from dalle2_video.data.media.tensors import to_float
 from dalle2_video.data.store.dataset import Batch
-from dalle2_video.diffusion.objective import DiffusionConfig
+from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.parameterization import to_x0
 from dalle2_video.diffusion.schedule import alpha_sigma
 from dalle2_video.models.unet_config import UnetConfig
 from dalle2_video.models.video_clip import TextEncoding
 from dalle2_video.pipeline.sampling_config import SuperResolutionSampling, UnetSampling
 from dalle2_video.stages.frozen_clip import draw_t, keep_masks, shared_coin
+from dalle2_video.stages.sections import CondDropout, UnetSection
 from dalle2_video.stages.unet import UnetObjective, build_unet, sample_own
-from dalle2_video.stages.unet_section import CondDropout, UnetSection
 from dalle2_video.training.stage import StepInfo
 from tests.helpers.lowres import CONV
 from tests.helpers.networks import EXAMPLES, SMALL, waves

@@ -25,24 +25,26 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle2_video.cli import compose
 from dalle2_video.config import ConfigError
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import StoreSettings
+from dalle2_video.data.config import CaptionPolicy, StoreSettings
 from dalle2_video.data.media.tensors import to_float
-from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions, to_line
+from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions, to_line
 from dalle2_video.data.store.dataset import CelebVTextDataset
 from dalle2_video.data.store.embeddings import EmbeddingCache
 from dalle2_video.data.store.shard import FORMAT, ShardWriter
 from dalle2_video.data.store.store import ClipStore
 from dalle2_video.data.store.texts import write_texts
 from dalle2_video.model_file import file_hash, load_model
-from dalle2_video.models.text_tower import PretrainedTextConfig, TrainedTextConfig
-from dalle2_video.models.video_clip import ClipOutput, VideoCLIP, VideoCLIPConfig
+from dalle2_video.models.clip_config import PretrainedTextConfig, TrainedTextConfig, VideoCLIPConfig
+from dalle2_video.models.video_clip import ClipOutput, VideoCLIP
 from dalle2_video.pipeline.loading import load_clip
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.contrastive import caption_ids, contrastive_loss
 from dalle2_video.stages.embeddings import cache_embeddings, over_split
-from dalle2_video.stages.video_clip import ClipSection, clip_stage, judge, objective
+from dalle2_video.stages.sections import ClipSection
+from dalle2_video.stages.video_clip import clip_stage, judge, objective
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig, StepInfo
+from dalle2_video.training.stage import StepInfo
 from tests.helpers.launching import ROOT
 from tests.helpers.towers import NAME, open_clip_checkpoint
 
@@ -199,7 +201,7 @@ def tiny_model(data: Path) -> VideoCLIP:
 
 
 def train_set(store: ClipStore) -> CelebVTextDataset:
-    return CelebVTextDataset(store, "train", 0, CaptionPolicy())
+    return CelebVTextDataset(store, "train", 0, TrainingCaptions(CaptionPolicy()))
 
 
 def one_rank(rank: int, world: int, port: int, data: str, out: str) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 
 

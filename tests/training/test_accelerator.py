@@ -9,8 +9,8 @@ import torch
 from dalle2_video.config import ConfigError
 from dalle2_video.training import accelerator
 from dalle2_video.training.accelerator import make_accelerator, process_state, share_out
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ROOT
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 

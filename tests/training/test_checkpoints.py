@@ -13,9 +13,9 @@ import torch
 
 from dalle2_video.model_file import CheckpointError, load_model
 from dalle2_video.training.checkpoint_files import checksum, saved_progress, whole_checkpoints
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.progress import Progress
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ROOT
 from tests.helpers.run_files import assert_same_bits, metric, weights
 from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
@@ -148,7 +148,7 @@ import resource
 from pathlib import Path
 from dalle2_video.model_file import CheckpointError
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
+from dalle2_video.training.config import RunConfig
 from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
 def filling(model, batch, step):
     if step.first == 24:

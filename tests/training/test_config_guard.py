@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from dalle2_video.config import ConfigError
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.config_guard import data_facts, differences, flat, translated
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.tiny_stage import TinySet, tiny_config, tiny_stage
 
 YAML = """

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dalle2_video.model_file import load_model
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import launch_command, run_launch
 from tests.helpers.run_files import half_done, metric
 from tests.helpers.tiny_stage import DIM, TinyNet, tiny_config, tiny_stage

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.ema import Ema, ema_decay
 from dalle2_video.training.loop import train
 from dalle2_video.training.sharded import WholeParams
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 
 

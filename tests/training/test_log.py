@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.log import (
     NoWandb,
     RunLog,
@@ -20,7 +21,7 @@ from dalle2_video.training.log import (
     read_metrics,
 )
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig, Sample
+from dalle2_video.training.stage import Sample
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 
 VALUES = {"loss": 0.5, "grad_norm": 1.25, "lr": 1e-4, "clips_per_second": 12.5}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.run_files import metric, weights
 from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
 

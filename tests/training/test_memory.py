@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dalle2_video.training.accelerator import make_accelerator
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.memory import (
     ACTIVATIONS,
@@ -18,7 +19,7 @@ from dalle2_video.training.memory import (
     fixed_parts,
     peak_bytes,
 )
-from dalle2_video.training.stage import Loss, RunConfig
+from dalle2_video.training.stage import Loss
 from tests.helpers.tiny_stage import DIM, TinyNet, tiny_config, tiny_stage
 
 

@@ -10,11 +10,12 @@ import torch
 
 from dalle2_video.training import loop, metrics
 from dalle2_video.training.checkpoint_files import whole_checkpoints
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
 from dalle2_video.training.metrics import AsyncMetrics, MetricsAverager
 from dalle2_video.training.preemption import Interrupted
-from dalle2_video.training.stage import Loss, RunConfig
+from dalle2_video.training.stage import Loss
 from tests.helpers.run_files import metric
 from tests.helpers.tiny_stage import broken, objective, tiny_config, tiny_stage
 

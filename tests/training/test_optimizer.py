@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import lr_factor, param_groups
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.run_files import metric
 from tests.helpers.tiny_stage import TinyNet, tiny_config, tiny_stage
 

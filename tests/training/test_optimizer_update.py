@@ -7,12 +7,13 @@ from torch import nn
 
 from dalle2_video.training import prepare
 from dalle2_video.training.checkpoint_files import whole_checkpoints
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.divergence import DivergenceCheck, TrainingDiverged
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import param_groups
 from dalle2_video.training.optimizer_update import grad_clip_groups
-from dalle2_video.training.stage import Loss, RunConfig
+from dalle2_video.training.stage import Loss
 from tests.helpers.run_files import assert_same_bits, metric, weights
 from tests.helpers.tiny_stage import broken, objective, tiny_config, tiny_stage
 

@@ -6,9 +6,9 @@ import sys
 import av
 import pytest
 
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.plot import curves, plot
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ROOT
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 

@@ -16,6 +16,7 @@ import torch
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.model_file import CheckpointError
 from dalle2_video.training.checkpoint_files import whole_checkpoints
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.divergence import TrainingDiverged
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
@@ -27,7 +28,6 @@ from dalle2_video.training.preemption import (
     Signals,
     would_repeat,
 )
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ENVIRONMENT, ROOT, launch_command, run_launch
 from tests.helpers.run_files import metric
 from tests.helpers.tiny_stage import tiny_config, tiny_stage

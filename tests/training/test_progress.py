@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from dalle2_video.training import loop
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import lr_factor
 from dalle2_video.training.progress import Progress
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.run_files import half_done, metric
 from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
 

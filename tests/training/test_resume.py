@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from dalle2_video.model_file import CheckpointError
 from dalle2_video.training import prepare
 from dalle2_video.training.checkpoint_files import checksum
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.log import read_metrics
 from dalle2_video.training.loop import train
 from dalle2_video.training.optimizer import param_groups
-from dalle2_video.training.stage import RunConfig
 from tests.helpers.launching import ROOT
 from tests.helpers.run_files import assert_same_bits, half_done, metric, weights
 from tests.helpers.tiny_stage import objective, tiny_config, tiny_stage
@@ -94,7 +94,7 @@ def test_kill_9_inside_a_save_then_the_same_command(done, tmp_path) -> None:
 import os, signal
 from dalle2_video.training import checkpoints
 from dalle2_video.training.loop import train
-from dalle2_video.training.stage import RunConfig
+from dalle2_video.training.config import RunConfig
 from tests.helpers.tiny_stage import tiny_config, tiny_stage
 rename = os.replace
 def dying(source, target):

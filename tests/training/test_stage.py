@@ -3,7 +3,7 @@
 import pytest
 
 from dalle2_video.config import ConfigError, from_config
-from dalle2_video.training.stage import TrainConfig
+from dalle2_video.training.config import TrainConfig
 from tests.helpers.tiny_stage import tiny_config
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dalle2_video.model_file import load_model
+from dalle2_video.training.config import RunConfig
 from dalle2_video.training.ema import Ema
 from dalle2_video.training.loop import train
 from dalle2_video.training.sharded import WholeParams
-from dalle2_video.training.stage import RunConfig
 from dalle2_video.training.validation import no_trace
 from tests.helpers.run_files import assert_same_bits, metric, weights
 from tests.helpers.tiny_stage import TinyNet, objective, tiny_config, tiny_stage

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import write_json
-from dalle2_video.data.config import DataConfig, StoreSettings
+from dalle2_video.data.config import CATEGORIES, DataConfig, StoreSettings
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
@@ -31,14 +31,7 @@ from dalle2_video.data.preprocess.journal import Journal
 from dalle2_video.data.preprocess.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.preprocess.pool import WorkerLost, WorkerPool
 from dalle2_video.data.sources.archives import ArchiveError, Catalogue, Member, Source, find_sources
-from dalle2_video.data.sources.captions import (
-    CATEGORIES,
-    CaptionError,
-    Line,
-    read_text,
-    split_line,
-    to_line,
-)
+from dalle2_video.data.sources.captions import CaptionError, Line, read_text, split_line, to_line
 from dalle2_video.data.store.shard import (
     FORMAT,
     TIMESTAMPS,

@@ -15,24 +15,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dalle2_video import keyed
-from dalle2_video.config import config_class
+from dalle2_video.data.config import CATEGORIES, CaptionPolicy
 from dalle2_video.errors import UserError
 
-# The six kinds of text of CelebV-Text, by the names used here and on disk.
-CATEGORIES = (
-    "action_dur",
-    "emotion",
-    "face40_details",
-    "light_color_temp",
-    "light_dir",
-    "light_intensity",
-)
 CONTEXT = 77
 START, END, PAD = 49406, 49407, 0
 CUT = 0.1  # probability of a new line between two lines that are joined
@@ -241,52 +232,32 @@ def _open_end(line: Line) -> tuple[str, tuple[int, ...]]:
 # ---------------------------------------------------------------- which lines a clip meets
 
 
-@config_class
-class CaptionPolicy:
-    """Which of a clip's lines make its set in training: a new draw at every meeting, keyed by
+@dataclass(frozen=True)
+class TrainingCaptions:
+    """The set of lines in training: a new draw by its policy at every meeting of a clip, keyed by
     (seed, sample_id).
-
-    With probability `all_probability` every category stays, otherwise a random 1 to all of them,
-    each number equally likely; so a single line is familiar. Each kept category gives one line.
-    With `join_probability` the lines are joined into one or a few longer ones (random cuts), so a
-    free sentence that says several things is familiar.
-    order: of the lines that are joined, "random" or "fixed", which is that of CATEGORIES (lines by
-    themselves are a set: their order has no meaning). presence: category -> probability that it
-    takes part at all, 1 where it is not named; a clip keeps one category at least.
     """
 
-    all_probability: float = 0.2
-    join_probability: float = 0.5
-    order: Literal["random", "fixed"] = "random"
-    presence: dict[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (self.presence or {}).items():
-            if name not in CATEGORIES:
-                raise ValueError(f"presence.{name}: no category; there are {', '.join(CATEGORIES)}")
-            if not 0 <= value <= 1:
-                raise ValueError(f"presence.{name} must be in [0, 1], not {value}")
-        for name in ("all_probability", "join_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+    policy: CaptionPolicy
 
     def choose(
         self, lines: Mapping[str, Sequence[Line]], seed: int, sample_id: int, key: str
     ) -> list[Line]:
-        """The set of lines for one meeting of a clip; `lines` by category, at least one line."""
+        """The set of one meeting; `lines` by category, at least one line."""
+        policy = self.policy
         kept = _categories(lines, key)
         draw = random.Random(keyed.key(seed, sample_id, "caption"))
-        if self.presence is not None:
-            present = [c for c in kept if draw.random() < self.presence.get(c, 1.0)]
+        if policy.presence is not None:
+            present = [c for c in kept if draw.random() < policy.presence.get(c, 1.0)]
             kept = present or [draw.choice(kept)]
-        if draw.random() >= self.all_probability:
+        if draw.random() >= policy.all_probability:
             kept = draw.sample(kept, draw.randint(1, len(kept)))
-        if self.order == "fixed":
+        if policy.order == "fixed":
             kept.sort(key=CATEGORIES.index)
         chosen = [draw.choice(lines[category]) for category in kept]
-        if draw.random() >= self.join_probability:
+        if draw.random() >= policy.join_probability:
             return chosen
-        if self.order == "random":
+        if policy.order == "random":
             draw.shuffle(chosen)
         groups: list[list[Line]] = [[]]
         for line in chosen:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dalle2_video import keyed
-from dalle2_video.data.sources.captions import CaptionPolicy, EvaluationCaptions, pack_lines
+from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions, pack_lines
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.data.store.store import ClipStore
 
@@ -144,7 +144,7 @@ class CelebVTextDataset:
         store: ClipStore,
         split: str,
         seed: int,
-        captions: CaptionPolicy | EvaluationCaptions,
+        captions: TrainingCaptions | EvaluationCaptions,
         embeddings: Embeddings | None = None,
         load_frames: bool = True,
         first_windows: bool = False,

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from dalle2_video.data.atomic import whole
-from dalle2_video.data.sources.captions import CATEGORIES, Line
+from dalle2_video.data.config import CATEGORIES
+from dalle2_video.data.sources.captions import Line
 from dalle2_video.data.store.shard import StoreError
 
 FORMAT = 2
