@@ -139,4 +139,4 @@ def test_what_to_evaluate_is_checked() -> None:
     with pytest.raises(ValueError, match=r"draws\n.*greater than or equal to 1"):
         EvaluateConfig("nll", draws=0)
     with pytest.raises(ValueError, match=r"clips\n.*greater than 0"):
-        EvaluateConfig("attributes", "heldout", 0)
+        EvaluateConfig(clips=0)
