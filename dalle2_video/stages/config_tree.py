@@ -18,7 +18,7 @@ from dalle2_video.evaluation.config import EvaluateConfig
 from dalle2_video.faces.config import FacesConfig
 from dalle2_video.pipeline.sampling_config import SampleConfig, SuperResolutionSampling
 from dalle2_video.stages.sections import ClipSection, PriorSection, UnetSection
-from dalle2_video.training.config import Precision
+from dalle2_video.training.config import Precision, TrackerName
 
 
 @config_class
@@ -39,10 +39,12 @@ class Settings:
     """Go on with a run that was begun with another configuration."""
     timeout_minutes: Annotated[float, Field(gt=0, le=100_000)] = 30.0
     """How long a rank waits for one that hangs, before the run ends."""
+    tracker: TrackerName | None = None
+    """Service that shows curves and sample videos; null: none."""
     use_wandb: bool = False
-    """Log to Weights & Biases."""
+    """The same as tracker=wandb."""
     wandb_project: str = "dalle2-video"
-    """Its project."""
+    """The project on Weights & Biases."""
     wandb_entity: str | None = None
     """Its user or team; null: your default one."""
     wandb_tags: tuple[str, ...] = ()
@@ -92,6 +94,8 @@ class Settings:
     """How a run is judged."""
 
     def __post_init__(self) -> None:
+        if self.use_wandb and self.tracker not in (None, "wandb"):
+            raise ValueError(f"tracker={self.tracker} contradicts use_wandb=true: set only one")
         for key, name in [("unet", self.unet), *(("cascade", name) for name in self.cascade)]:
             if name not in self.unets:
                 raise ValueError(f"{key}={name}: unets has only {', '.join(self.unets)}")

@@ -16,7 +16,7 @@ from dalle2_video.stages.config_tree import Settings
 from dalle2_video.training.accelerator import process_state
 from dalle2_video.training.config import RunConfig
 from dalle2_video.training.config_guard import flat
-from dalle2_video.training.log import check_wandb
+from dalle2_video.training.trackers import check_tracker
 
 
 def render_faces(settings: Settings) -> bool:
@@ -46,7 +46,7 @@ def store_of(settings: Settings) -> ClipStore:
 
 
 def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
-    """Where and how a stage runs; makes the process group. Raises WandbKeyError, before any slow
+    """Where and how a stage runs; makes the process group. Raises TrackerError, before any slow
     work.
 
     cfg: what the settings were made of, written into the run's folder.
@@ -58,7 +58,7 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
         seed=settings.seed,
         mixed_precision=settings.mixed_precision,
         train_name=settings.train_name,
-        use_wandb=settings.use_wandb,
+        tracker="wandb" if settings.use_wandb else settings.tracker,
         wandb_project=settings.wandb_project,
         wandb_entity=settings.wandb_entity,
         wandb_tags=settings.wandb_tags,
@@ -69,7 +69,7 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
         timeout_minutes=settings.timeout_minutes,
         resolved=OmegaConf.to_yaml(cfg, resolve=True),
     )
-    check_wandb(run)
+    check_tracker(run)
     process_state(run.timeout_minutes)
     unlink_stages(Path(run.dir))
     return run

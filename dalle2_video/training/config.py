@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from dalle2_video.config import Workers, config_class
 
 Precision = Literal["no", "bf16", "fp16"]
+TrackerName = Literal["wandb", "tensorboard", "mlflow"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -63,7 +64,8 @@ class TrainConfig:
 class RunConfig:
     """Where and in which environment a stage runs.
 
-    dir: runs/<train_name>/<stage>. wandb_mode: online | offline, None = WANDB_MODE or online.
+    dir: runs/<train_name>/<stage>. tracker: the service for curves and videos, None = none.
+    wandb_mode: online | offline, None = WANDB_MODE or online.
     resolved: the whole configuration as YAML, written to <dir>/config.yaml when the run begins.
     section: of it, the stage's own ("unets.base"). defaults: by dotted key, what a run whose
     config.yaml is older than a key was trained with. force: go on where the configuration differs
@@ -74,7 +76,7 @@ class RunConfig:
     seed: int = 0
     mixed_precision: Precision = "no"
     train_name: str = "run"
-    use_wandb: bool = False
+    tracker: TrackerName | None = None
     wandb_project: str = "dalle2-video"
     wandb_entity: str | None = None
     wandb_tags: tuple[str, ...] = ()

@@ -33,14 +33,7 @@ from dalle2_video.training.config import RunConfig, TrainConfig
 from dalle2_video.training.config_guard import check_folder, check_ranks, data_facts, from_yaml
 from dalle2_video.training.divergence import DivergenceCheck
 from dalle2_video.training.ema import Ema
-from dalle2_video.training.log import (
-    Log,
-    NullLog,
-    RunLog,
-    check_wandb,
-    last_validation,
-    make_tracker,
-)
+from dalle2_video.training.log import Log, NullLog, RunLog, last_validation
 from dalle2_video.training.memory import advice, estimate, peak_bytes
 from dalle2_video.training.metrics import AsyncMetrics, MetricsAverager
 from dalle2_video.training.optimizer import lr_factor, set_lr
@@ -57,6 +50,7 @@ from dalle2_video.training.prepare import prepare
 from dalle2_video.training.progress import Progress
 from dalle2_video.training.sharded import sharded_params
 from dalle2_video.training.stage import Stage, StepInfo
+from dalle2_video.training.trackers import check_tracker, make_tracker
 from dalle2_video.training.validation import evaluate, no_trace
 
 STEPS_BEHIND = 1  # on a GPU: metrics are read, and signals heeded, one optimizer step later
@@ -75,10 +69,10 @@ def train(stage: Stage, cfg: TrainConfig, run: RunConfig) -> TrainResult:
     """Train `stage` in `run.dir` until `cfg.clips` clips or `cfg.minutes` minutes; resume if begun.
 
     Every rank calls it with the same arguments. Raises ConfigError, CheckpointError (resuming into
-    another model), WandbKeyError, TrainingDiverged; Interrupted, after saving, where a signal asked
+    another model), TrackerError, TrainingDiverged; Interrupted, after saving, where a signal asked
     to end.
     """
-    check_wandb(run)
+    check_tracker(run)
     accelerator, micro = make_accelerator(cfg, run)
     try:
         return _Trainer(stage, cfg, run, accelerator, micro).run_to_end()
@@ -149,8 +143,9 @@ class _Trainer:
                 partial.write_text(self.run.resolved, encoding="utf-8")
         settings = without(asdict(self.run), "resolved", "defaults")
         config = {"stage": self.stage.config, "train": asdict(self.cfg), "run": settings}
-        tracker = make_tracker(self.run, self.stage.name, config | provenance())
-        log = RunLog(self.folder, self.stage.name, tracker, self.progress.clips)
+        name, clips = self.stage.name, self.progress.clips
+        tracker = make_tracker(self.run, name, config | provenance(), clips)
+        log = RunLog(self.folder, name, tracker, clips)
         for note in notes:
             log.note(note)
         return log

@@ -6,17 +6,18 @@ import pytest
 
 import preprocess
 from dalle2_video.cli import compose, quote_texts, sweep_folder
+from dalle2_video.config import ConfigError
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.wiring import run_config, store_of
-from dalle2_video.training.log import WandbKeyError
+from dalle2_video.training.trackers import TrackerError
 
 
 def test_a_missing_wandb_key_is_found_before_any_work(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(WandbKeyError):
+    with pytest.raises(TrackerError, match="WANDB_API_KEY"):
         cfg = compose("use_wandb=true", f"run_dir={tmp_path}/run")
         run_config(settings_of(cfg), cfg, "base")
     assert not (tmp_path / "run").exists()
@@ -58,9 +59,31 @@ def test_a_run_is_what_the_command_line_says(tmp_path, stage: str, section: str)
     run = run_config(settings_of(cfg), cfg, stage)
     assert run.dir == f"{tmp_path}/x/{stage}" and run.section == section
     assert (run.seed, run.force, run.mixed_precision) == (7, True, "bf16")
-    assert (run.train_name, run.timeout_minutes, run.use_wandb) == ("x", 3.0, False)
+    assert (run.train_name, run.timeout_minutes, run.tracker) == ("x", 3.0, None)
     assert (run.wandb_tags, run.wandb_project) == (("a", "b"), "p")
     assert "run_dir: " in run.resolved and "${" not in run.resolved
     # what a run of before, which lacks a key, has had: the class's default
     assert run.defaults[f"{section}.train.grad_clip"] is not None
     assert all(key.startswith((f"{section}.", "data.")) for key in run.defaults)
+
+
+@pytest.mark.parametrize(
+    ("typed", "tracker"),
+    [
+        ([], None),
+        (["use_wandb=true"], "wandb"),
+        (["use_wandb=true", "tracker=wandb"], "wandb"),
+        (["tracker=tensorboard"], "tensorboard"),
+        (["tracker=mlflow"], "mlflow"),
+    ],
+)
+def test_which_tracker(tmp_path, typed: list[str], tracker: str | None) -> None:
+    cfg = compose(*typed, f"run_dir={tmp_path}", "wandb_mode=offline")
+    assert run_config(settings_of(cfg), cfg, "base").tracker == tracker
+
+
+def test_two_trackers_are_an_error_that_names_both() -> None:
+    with pytest.raises(ConfigError, match=r"tracker=mlflow.*use_wandb=true"):
+        settings_of(compose("use_wandb=true", "tracker=mlflow"))
+    with pytest.raises(ConfigError, match="tracker"):
+        settings_of(compose("tracker=comet"))
