@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,18 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions of a new one; safetensors makes its files for the owner alone."""
+    new = path.with_name(f"{path.name}.mode.tmp")
+    try:
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+    finally:
+        new.unlink(missing_ok=True)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
 def save_model(
     path: str | os.PathLike[str],
     kind: str,
@@ -125,6 +138,7 @@ def save_model(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={KEY: text})
+        follow_umask(temporary)
         sync_path(temporary)
         os.replace(temporary, path)
     finally:

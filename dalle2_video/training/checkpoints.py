@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dalle2_video.model_file import (
     CheckpointError,
+    follow_umask,
     read_header,
     save_model,
     sync_path,
@@ -113,6 +114,8 @@ class Checkpoints:
         for name, state in ((files.EMA, average), (files.FULL_WEIGHTS, weights)):
             if state:
                 save_file({n: t.contiguous() for n, t in state.items()}, folder / name)
+        for path in folder.glob("*.safetensors"):  # Accelerate's, too
+            follow_umask(path)
         files.write_stage(folder, self.identity, self.layout)
         files.write_progress(folder, progress)
 

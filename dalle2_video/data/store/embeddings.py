@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dalle2_video.data.atomic import whole
 from dalle2_video.errors import UserError
+from dalle2_video.model_file import follow_umask
 
 FORMAT = "dalle2-video-embeddings/1"
 NORM_TOLERANCE = 1e-3
@@ -120,6 +121,7 @@ def write_embeddings(
     header = {"format": FORMAT, "clip_hash": clip_hash, "keys": json.dumps(list(keys))}
     with whole(path) as partial:
         save_file({"embeddings": embeddings}, partial, metadata=header)
+        follow_umask(partial)
 
 
 def _problem(keys: tuple[str, ...], embeddings: Tensor) -> str | None:
