@@ -4,16 +4,17 @@ MINUTES ?= 20
 SLOW_MINUTES ?= 600
 BIN := .venv/bin
 STAMP := .venv/.installed
+PINS := requirements.txt requirements-dev.txt constraints.txt
 
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): requirements.txt
+$(STAMP): $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@touch $(STAMP)
 
 install: $(STAMP)  ## the virtual environment with the pinned requirements
