@@ -1,7 +1,7 @@
 """A training step of Unet3D: against other open implementations, against torch.mm, over frames.
 
     python -m venv .venv-peers
-    .venv-peers/bin/pip install -r requirements.txt -r benchmarks/peers.txt
+    .venv-peers/bin/pip install -r requirements.txt -r requirements-dev.txt -r benchmarks/peers.txt
     .venv-peers/bin/python -m benchmarks.unet peers     # needs the peers
     python -m benchmarks.unet mm
     python -m benchmarks.unet frames
