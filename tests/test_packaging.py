@@ -89,11 +89,8 @@ def test_the_package_has_all_its_files_and_no_others():
         if path.name != "__pycache__"
     }
     assert set(found) == folders
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "dalle2_video"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    data = {name for name in listed.stdout.split() if not name.endswith(".py")}
+    files = [path for path in (ROOT / "dalle2_video").rglob("*") if path.is_file()]
+    data = {str(p.relative_to(ROOT)) for p in files if p.suffix not in (".py", ".pyc")}
     declared = {f"dalle2_video/{name}" for name in settings["package-data"]["dalle2_video"]}
     assert data == declared
 
