@@ -12,38 +12,46 @@ bits per dimension of the clips themselves and samples nothing.
 import json
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from dalle2_video.cli import script
-from dalle2_video.data.atomic import write_json
-from dalle2_video.data.media.encode import encode_mp4
-from dalle2_video.data.media.sheet import save_sheet
-from dalle2_video.data.sources.captions import EvaluationCaptions
-from dalle2_video.data.store.dataset import CelebVTextDataset
-from dalle2_video.evaluation.alignment import (
-    captions_of,
-    evaluate_alignment,
-    evaluate_nearest,
+
+
+@script(
+    *("out", "train_name", "run_dir", "seed", "mixed_precision"),
+    *("cascade", "sample", "evaluate", "faces", "data"),
 )
-from dalle2_video.evaluation.likelihood import evaluate_bits
-from dalle2_video.faces.probe import load_probe
-from dalle2_video.faces.writer import read_attributes
-from dalle2_video.pipeline.cascade import Cascade, sampling_bar
-from dalle2_video.provenance import provenance
-from dalle2_video.stages.config_tree import settings_of
-from dalle2_video.stages.wiring import store_of
-
-
-@script
 def main(cfg: DictConfig) -> None:
+    # here, not above: --help and a wrong key need none of it
+    import torch
+    from tqdm import tqdm
+
+    from dalle2_video.data.atomic import write_json
+    from dalle2_video.data.media.encode import encode_mp4
+    from dalle2_video.data.media.sheet import save_sheet
+    from dalle2_video.data.sources.captions import EvaluationCaptions
+    from dalle2_video.data.store.dataset import CelebVTextDataset
+    from dalle2_video.evaluation.alignment import (
+        captions_of,
+        evaluate_alignment,
+        evaluate_nearest,
+    )
+    from dalle2_video.evaluation.likelihood import evaluate_bits
+    from dalle2_video.faces.probe import load_probe
+    from dalle2_video.faces.writer import read_attributes
+    from dalle2_video.pipeline.cascade import Cascade, sampling_bar
+    from dalle2_video.provenance import provenance
+    from dalle2_video.stages.config_tree import settings_of
+    from dalle2_video.stages.wiring import store_of
+    from dalle2_video.training.accelerator import chosen_precision
+
     settings = settings_of(cfg)
     plan, config, store = settings.evaluate, settings.sample, store_of(settings)
     every = EvaluationCaptions()
     dataset = CelebVTextDataset(store, plan.split, settings.seed, every, first_windows=True)
+    precision = chosen_precision(settings.mixed_precision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cascade = Cascade.load(settings.run_dir, device, settings.mixed_precision, settings.cascade)
+    cascade = Cascade.load(settings.run_dir, device, precision, settings.cascade)
     num_clips = min(plan.clips, len(dataset))
     out = Path(settings.out or f"{settings.run_dir}/evaluation")
     first, last = cascade.unets[0].name, cascade.unets[-1].name
@@ -70,7 +78,7 @@ def main(cfg: DictConfig) -> None:
         texts = [" ".join(lines) for lines in captions.lines]
         save_sheet(out / "sheet.png", list(made[last][:32].numpy()), texts[:32])
         write_json(out / "captions.json", texts)
-    judged = metrics | provenance() | {"mixed_precision": settings.mixed_precision}
+    judged = metrics | provenance() | {"mixed_precision": precision}
     write_json(out / ("nll.json" if plan.metric == "nll" else "report.json"), judged)
     print(json.dumps(judged, indent=1), f"\nin {out}")
 

@@ -16,27 +16,23 @@ from omegaconf import DictConfig
 from dalle2_video.cli import script
 
 
-@script
+@script("part", "parts", "check", "faces", "data")
 def main(cfg: DictConfig) -> None:
     # Worker processes import this file: what they do not need is imported here, not above.
     from dalle2_video.data.preprocess.check import check_store
-    from dalle2_video.data.preprocess.pool import WorkerLost
     from dalle2_video.data.preprocess.run import preprocess
-    from dalle2_video.data.sources.archives import ArchiveError
-    from dalle2_video.data.store.shard import StoreError
     from dalle2_video.stages.config_tree import settings_of
     from dalle2_video.stages.wiring import render_faces
 
     settings = settings_of(cfg)
-    try:
-        if settings.check:
-            report = check_store(settings.data)
-            print(report)
-            raise SystemExit(1 if report.problems else 0)
-        render_faces(settings)
-        print(preprocess(settings.data, part=settings.part, parts=settings.parts))
-    except (ArchiveError, StoreError, WorkerLost) as error:
-        raise SystemExit(f"preprocess: {error}") from error
+    if settings.check:
+        report = check_store(settings.data)
+        print(report)
+        raise SystemExit(1 if report.problems else 0)
+    render_faces(settings)
+    summary = preprocess(settings.data, part=settings.part, parts=settings.parts)
+    print(summary)
+    summary.raise_if_empty()
 
 
 if __name__ == "__main__":

@@ -13,30 +13,35 @@ import dataclasses
 import re
 from pathlib import Path
 
-from accelerate.utils import gather_object
 from omegaconf import DictConfig
 
 from dalle2_video.cli import script
-from dalle2_video.data.media.output import write_clip
-from dalle2_video.data.media.sheet import save_sheet
-from dalle2_video.pipeline.cascade import Cascade, read_texts, sampling_bar
-from dalle2_video.stages.config_tree import settings_of
-from dalle2_video.training.accelerator import process_state
 
 EXAMPLE = "A woman with long blond hair turns left and starts to smile. Warm light from the right."
 SHOWN = 32  # clips on the sheet
 
 
-@script
+@script(
+    *("text", "file", "num_samples", "format", "save_intermediates", "out"),
+    *("train_name", "run_dir", "mixed_precision", "timeout_minutes", "cascade", "sample"),
+)
 def main(cfg: DictConfig) -> None:
+    # here, not above: --help and a wrong key need none of it
+    from accelerate.utils import gather_object
+
+    from dalle2_video.data.media.output import write_clip
+    from dalle2_video.data.media.sheet import save_sheet
+    from dalle2_video.pipeline.cascade import Cascade, read_texts, sampling_bar
+    from dalle2_video.stages.config_tree import settings_of
+    from dalle2_video.training.accelerator import chosen_precision, process_state
+
     settings = settings_of(cfg)
     config = settings.sample
     example = EXAMPLE if settings.text is None and settings.file is None else settings.text
     texts = read_texts(example, settings.file, settings.num_samples)
     state = process_state(settings.timeout_minutes)
-    cascade = Cascade.load(
-        settings.run_dir, state.device or "cpu", settings.mixed_precision, settings.cascade
-    )
+    precision = chosen_precision(settings.mixed_precision)
+    cascade = Cascade.load(settings.run_dir, state.device or "cpu", precision, settings.cascade)
     mine = range(state.process_index, len(texts), state.num_processes)
     bar = sampling_bar(cascade.num_sampler_steps(len(mine), config), not state.is_main_process)
     with bar as progress:

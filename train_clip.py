@@ -8,19 +8,19 @@ The same command resumes; `--cfg job` shows every value that the command line ca
 """
 
 from omegaconf import DictConfig
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.cli import script
-from dalle2_video.stages.config_tree import settings_of
-from dalle2_video.stages.embeddings import cache_embeddings
-from dalle2_video.stages.video_clip import clip_stage
-from dalle2_video.stages.wiring import run_config, store_of
-from dalle2_video.training.loop import train
+from dalle2_video.cli import TRAINING, script
 
 
-@script
-@record  # so that the launcher names the rank that failed, and why
+@script(*TRAINING, "clip")
 def main(cfg: DictConfig) -> None:
+    # here, not above: --help and a wrong key need none of it
+    from dalle2_video.stages.config_tree import settings_of
+    from dalle2_video.stages.embeddings import cache_embeddings
+    from dalle2_video.stages.video_clip import clip_stage
+    from dalle2_video.stages.wiring import run_config, store_of
+    from dalle2_video.training.loop import train
+
     settings = settings_of(cfg)
     run = run_config(settings, cfg, "clip")
     store = store_of(settings)

@@ -9,22 +9,23 @@ job` shows all).
 """
 
 from omegaconf import DictConfig
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.cli import script
-from dalle2_video.stages.config_tree import settings_of
-from dalle2_video.stages.frozen_clip import load_conditions
-from dalle2_video.stages.unet import unet_stage
-from dalle2_video.stages.wiring import run_config, store_of
-from dalle2_video.training.loop import train
+from dalle2_video.cli import TRAINING, script
 
 
-@script
-@record  # so that the launcher names the rank that failed, and why
+@script(*TRAINING, "unet", "unets", "sample")
 def main(cfg: DictConfig) -> None:
+    # here, not above: --help and a wrong key need none of it
+    from dalle2_video.stages.config_tree import settings_of
+    from dalle2_video.stages.frozen_clip import load_conditions
+    from dalle2_video.stages.unet import unet_stage
+    from dalle2_video.stages.wiring import need_clip, run_config, store_of
+    from dalle2_video.training.loop import train
+
     settings = settings_of(cfg)
     name, section = settings.unet, settings.unets[settings.unet]
     run = run_config(settings, cfg, name)
+    need_clip(settings)
     conditions = load_conditions(
         settings.run_dir,
         store_of(settings),

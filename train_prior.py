@@ -8,21 +8,22 @@ job` shows all).
 """
 
 from omegaconf import DictConfig
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from dalle2_video.cli import script
-from dalle2_video.stages.config_tree import settings_of
-from dalle2_video.stages.frozen_clip import load_conditions
-from dalle2_video.stages.prior import prior_stage
-from dalle2_video.stages.wiring import run_config, store_of
-from dalle2_video.training.loop import train
+from dalle2_video.cli import TRAINING, script
 
 
-@script
-@record  # so that the launcher names the rank that failed, and why
+@script(*TRAINING, "prior")
 def main(cfg: DictConfig) -> None:
+    # here, not above: --help and a wrong key need none of it
+    from dalle2_video.stages.config_tree import settings_of
+    from dalle2_video.stages.frozen_clip import load_conditions
+    from dalle2_video.stages.prior import prior_stage
+    from dalle2_video.stages.wiring import need_clip, run_config, store_of
+    from dalle2_video.training.loop import train
+
     settings = settings_of(cfg)
     run = run_config(settings, cfg, "prior")
+    need_clip(settings)
     conditions = load_conditions(
         settings.run_dir,
         store_of(settings),

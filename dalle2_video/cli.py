@@ -1,12 +1,18 @@
-"""The front door of every script: from the command line to the composed configuration."""
+"""The front door of every script: from the command line to the composed configuration.
+
+Nothing here imports torch, so `--help`, `--cfg job` and a wrong key answer at once; the scripts
+import what they run inside `main`.
+"""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -14,13 +20,29 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dalle2_video.config import name_of_today
+from dalle2_video.config import ConfigError, FilePath, Verbatim, name_of_today, typed_as
+from dalle2_video.failures import one_line_errors
+from dalle2_video.installation import check_pair
+from dalle2_video.stages.config_tree import CONFIGS, Settings, register, settings_of
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-TEXTS = ("text", "file", "out", "run_dir", "train_name", "data.root", "data.out", "faces.root")
+# What the scripts that train a stage read of the configuration, beside that stage's section.
+TRAINING = (
+    *("train_name", "run_dir", "seed", "validation", "mixed_precision", "force", "timeout_minutes"),
+    *(
+        "tracker",
+        "use_wandb",
+        "wandb_project",
+        "wandb_entity",
+        "wandb_tags",
+        "wandb_mode",
+        "faces",
+        "data",
+    ),
+)
 NOT_IN_A_NAME = ("train_name", "run_dir", "unet")  # they lead to folders of their own
 STAGES = ("clip", "prior", "base", "tsr", "ssr")
 # What users may have typed before, as a pattern of the whole argument -> what to type now.
@@ -40,42 +62,91 @@ OLD_NAMES = {
 }
 
 
-def script(main: Callable[[DictConfig], None]) -> Callable[..., None]:
+def script(*reads: str) -> Callable[[Callable[[DictConfig], None]], Callable[..., None]]:
     """Make a function of the configuration the `main` of an entry script.
 
-    Called without arguments it reads the command line (Hydra's, with `-m` for several jobs); called
-    with a configuration, as `compose` returns it, it runs on that.
+    Called without arguments it reads the command line (Hydra's, with `-m` for several jobs, and
+    `--help` of its own); called with a configuration, as `compose` returns it, it runs on that.
+    An error that the user can mend is one line and exit status 2 (failures.py).
+
+    reads: the keys and sections at the top of the configuration that the script reads.
     """
 
-    @functools.wraps(main)
-    def run(cfg: DictConfig | None = None) -> None:
-        if cfg is not None:
-            main(cfg)
-            return
-        sys.argv[1:] = name_jobs(quote_texts(check_names(sys.argv[1:])))
-        _register()
-        hydra.main(version_base=None, config_path=str(CONFIGS), config_name="config")(job)()
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[..., None]:
+        def job(cfg: DictConfig) -> None:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                cfg.run_dir = sweep_folder(cfg.run_dir, HydraConfig.get().job.override_dirname)
+            with one_line_errors():
+                settings_of(cfg)  # a wrong value answers before `main` imports what it runs
+                check_pair()
+                _recorded(main)(cfg)
 
-    def job(cfg: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            cfg.run_dir = sweep_folder(cfg.run_dir, HydraConfig.get().job.override_dirname)
-        main(cfg)
+        @functools.wraps(main)
+        def run(cfg: DictConfig | None = None) -> None:
+            if cfg is not None:
+                main(cfg)
+                return
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing
+            with one_line_errors():
+                arguments = quote_texts(check_names(sys.argv[1:]))
+                register()
+                if {"--help", "-h"} & set(arguments):
+                    print(_help(main.__globals__["__doc__"], reads, arguments))
+                    return
+                sys.argv[1:] = name_jobs(arguments)
+                with named_keys():
+                    hydra.main(version_base=None, config_path=str(CONFIGS), config_name="config")(
+                        job
+                    )()
 
-    return run
+        return run
+
+    return decorate
+
+
+@contextmanager
+def named_keys() -> Iterator[None]:
+    """Turns Hydra's answer to an unknown key into a ConfigError that names those like it."""
+    try:
+        yield
+    except ConfigCompositionException as error:
+        match = re.match(r"Could not override '([\w./@]+)'", str(error))
+        if match is None:
+            raise
+        from dalle2_video.reference import known_keys
+
+        key = match[1]
+        near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.8)
+        advice = f"; did you mean {' or '.join(near)}?" if near else "; --help lists the keys"
+        raise ConfigError(f"{key}: unknown key{advice}") from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):
+            raise
+        raise ConfigError(
+            "a section takes the name of a file of configs/, not a value: set its keys"
+        ) from error
+
+
+def _recorded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """`main`, under a launcher such that it names the rank that failed, and why."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)
+
+
+def _help(about: str, reads: Sequence[str], arguments: Sequence[str]) -> str:
+    from dalle2_video.reference import help_text
+
+    return help_text(about, reads, compose(*(a for a in arguments if a[0] != "-")))
 
 
 def compose(*overrides: str) -> DictConfig:
     """The configuration of these overrides, as a script gets it from its command line."""
-    _register()
+    register()
     with initialize_config_dir(str(CONFIGS), version_base=None):
         return hydra_compose("config", list(overrides))
-
-
-def _register() -> None:
-    # here, since it imports torch: the workers of preprocess.py import that script, and need none
-    from dalle2_video.stages.config_tree import register
-
-    register()
 
 
 def name_jobs(arguments: Sequence[str]) -> list[str]:
@@ -107,16 +178,14 @@ def sweep_folder(run_dir: str, overrides: str) -> str:
 
 
 def check_names(arguments: Sequence[str]) -> list[str]:
-    """The arguments; SystemExit with one line where one has a name of an earlier version."""
+    """The arguments; ConfigError where one has a name of an earlier version."""
     for argument in arguments:
         for pattern, new in OLD_NAMES.items():
             if match := re.fullmatch(pattern, argument, re.DOTALL):
-                print(f"{argument}: is now {match.expand(new)}", file=sys.stderr)
-                raise SystemExit(2)
+                raise ConfigError(f"{argument}: is now {match.expand(new)}")
         key, equals, value = argument.partition("=")
         if (now := name_of_today(key)) != key:
-            print(f"{argument}: is now {now}{equals}{value}", file=sys.stderr)
-            raise SystemExit(2)
+            raise ConfigError(f"{argument}: is now {now}{equals}{value}")
     return list(arguments)
 
 
@@ -132,9 +201,12 @@ def quote_texts(arguments: Sequence[str]) -> list[str]:
 
 def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
+    is_path, is_text = key in typed_as(Settings, FilePath), key in typed_as(Settings, Verbatim)
     raw = re.fullmatch(r"""\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'|null""", value, re.DOTALL)
-    if key not in TEXTS or not equals or raw:
+    if not (is_path or is_text) or not equals or raw:
         return argument
+    if is_path and value.startswith("~/"):
+        value = os.path.expanduser(value)
     # inside quotes only a quote, backslashes before one, and an interpolation have a meaning
     value = re.sub(r"(\\*)(\"|$)", lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)
     if key == "text":

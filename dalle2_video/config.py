@@ -28,6 +28,9 @@ Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 Size = Annotated[int, pydantic.Field(ge=1, le=65_536)]  # widths, frames, pixels
 Depth = Annotated[int, pydantic.Field(ge=1, le=1_024)]  # layers, heads, sampler steps
 Workers = Annotated[int, pydantic.Field(ge=0, le=1_024)]
+# Taken from the command line as typed, whatever letters it holds; `~/` begins a path at home.
+Verbatim = Annotated[str, "verbatim"]
+FilePath = Annotated[str, "path"]
 LogSNR = Annotated[float, pydantic.Field(ge=-60, le=60)]
 # Dotted keys that had another name, as patterns, and their names of today: for the command line and
 # for the config.yaml of older runs.
@@ -68,6 +71,21 @@ def name_of_today(key: str) -> str:
     for pattern, replacement in RENAMED:
         key = re.sub(pattern, replacement, key)
     return key
+
+
+def typed_as(cls: type, kind: Any, prefix: str = "") -> list[str]:
+    """Dotted keys below a configuration class that are typed as `kind`: Verbatim or FilePath."""
+    found = []
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found += typed_as(hint, kind, f"{prefix}{name}.")
+        elif kind in (hint, *typing.get_args(hint)):
+            found.append(f"{prefix}{name}")
+        else:
+            for inner in typing.get_args(hint) if typing.get_origin(hint) is not dict else ():
+                if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                    found += typed_as(inner, kind, f"{prefix}{name}.")
+    return found
 
 
 def default(make: Callable[[], T]) -> T:
@@ -118,7 +136,7 @@ def _one_line(cls: type, where: str, found: Mapping[str, Any]) -> str:
         case "missing" | "missing_argument":
             return f"{place}: missing key"
         case "value_error":
-            return f"{place}: {found['ctx']['error']}"
+            return f"{place}: {found['ctx']['error']}" if path else str(found["ctx"]["error"])
         case "dataclass_type":
             return f"{place}: must be a section with keys, got {found['input']!r}"
     message = found["msg"].removeprefix("Input should be ")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from dalle2_video.config import Share, Size, Workers, config_class, default
+from dalle2_video.config import FilePath, Share, Size, Workers, config_class, default
 
 CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
 # The six kinds of text of CelebV-Text, by the names used here and on disk.
@@ -64,9 +64,9 @@ class DataConfig:
 
     name: str = "celebvtext"
     """A label."""
-    root: str = "data/CelebV-Text"
+    root: FilePath = "data/CelebV-Text"
     """The folder of the archives; it is only read where `out` is another one."""
-    out: str | None = None
+    out: FilePath | None = None
     """The folder of the store; null: `root`."""
     fps: Annotated[float, Field(gt=0, le=240)] = 8.0
     """Frames per second of the stored clips."""
@@ -84,7 +84,7 @@ class DataConfig:
     split_seed: int = 0
     """Of the splits."""
     splits: dict[str, Share] = default(dict)
-    """Name of a split -> its share of the video ids; the rest is `train`."""
+    """Name of a split -> its share of the video ids; the shares add up to 1."""
     workers: Workers = 8
     """Processes of preprocess.py; 0: none but itself."""
     seconds_per_clip: PositiveFloat | None = 60.0

@@ -7,14 +7,14 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from dalle2_video.config import config_class
+from dalle2_video.config import FilePath, config_class
 
 
 @config_class
 class FacesConfig:
     """The embedded data set: rendered talking heads, in their own folder alone."""
 
-    root: str = "data/faces"
+    root: FilePath = "data/faces"
     """Where its archives lie or go; rendered where `data.root` is the same folder."""
     clips: PositiveInt = 4000
     """Number of clips."""

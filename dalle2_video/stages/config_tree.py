@@ -6,13 +6,14 @@ experiment has otherwise. `settings_of` turns what Hydra has composed into the c
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 
-from dalle2_video.config import config_class, default, defaults_of, from_config
+from dalle2_video.config import FilePath, Verbatim, config_class, default, defaults_of, from_config
 from dalle2_video.data.config import DataConfig
 from dalle2_video.evaluation.config import EvaluateConfig
 from dalle2_video.faces.config import FacesConfig
@@ -20,21 +21,24 @@ from dalle2_video.pipeline.sampling_config import SampleConfig, SuperResolutionS
 from dalle2_video.stages.sections import ClipSection, PriorSection, UnetSection
 from dalle2_video.training.config import Precision, TrackerName
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 @config_class
 class Settings:
     """All settings of a command."""
 
-    train_name: str = "default"
+    train_name: Verbatim = "default"
     """Name of the run."""
-    run_dir: str = "runs/${train_name}"
+    run_dir: FilePath = "runs/${train_name}"
     """Folder of the run; each stage has its own in it."""
     seed: int = 0
     """Of training."""
     validation: str = "val"
     """The split to validate on."""
-    mixed_precision: Precision = "no"
-    """Autocast of the network's arithmetic over float32 weights."""
+    mixed_precision: Precision | None = None
+    """Autocast of the network's arithmetic over float32 weights; null: what `accelerate launch
+    --mixed_precision` says, or no."""
     force: bool = False
     """Go on with a run that was begun with another configuration."""
     timeout_minutes: Annotated[float, Field(gt=0, le=100_000)] = 30.0
@@ -64,10 +68,10 @@ class Settings:
     check: bool = False
     """preprocess.py reads the store back and reports, instead of making it."""
 
-    text: str | tuple[str, ...] | None = None
+    text: Verbatim | tuple[str, ...] | None = None
     """One text (taken apart at its sentences) or a list of lines; without `text` and `file` an
     example."""
-    file: str | None = None
+    file: FilePath | None = None
     """A file with a text per line."""
     num_samples: PositiveInt = 1
     """Clips per text."""
@@ -75,7 +79,7 @@ class Settings:
     """A video per clip, or a folder of PNG frames."""
     save_intermediates: bool = False
     """Write the clips of the earlier U-Nets too."""
-    out: str | None = None
+    out: FilePath | None = None
     """Folder of the results; null: in `run_dir`."""
 
     faces: FacesConfig | None = None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat
 
-from dalle2_video.config import Depth, LogSNR, Share, Size, config_class, default
+from dalle2_video.config import Depth, FilePath, LogSNR, Share, Size, config_class, default
 from dalle2_video.data.config import CaptionPolicy
 from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.models.clip_config import (
@@ -28,7 +28,7 @@ class TextSection:
     name: str | None = "ViT-B-32"
     """open_clip's model name (ViT-B-32-quickgelu for OpenAI's weights); null: a tower of its own
     sizes, trained from scratch."""
-    weights: str | None = "laion2b_s34b_b79k"
+    weights: FilePath | None = "laion2b_s34b_b79k"
     """Path of a checkpoint of that model, or a tag that open_clip knows; downloaded at first."""
     frozen: bool = True
     """open_clip's tower is not trained, and is no part of our checkpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,8 +13,9 @@ from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.shard import index_paths
 from dalle2_video.data.store.store import ClipStore, open_store
 from dalle2_video.faces.writer import write_dataset
+from dalle2_video.model_file import read_header
 from dalle2_video.stages.config_tree import Settings
-from dalle2_video.training.accelerator import process_state
+from dalle2_video.training.accelerator import chosen_precision, process_state
 from dalle2_video.training.config import RunConfig
 from dalle2_video.training.config_guard import flat
 from dalle2_video.training.trackers import check_tracker
@@ -53,10 +55,12 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
     """
     name = f"unets.{stage}" if stage in settings.unets else stage
     section = settings.unets[stage] if stage in settings.unets else getattr(settings, stage)
+    precision = chosen_precision(settings.mixed_precision)
+    cfg = cast(DictConfig, OmegaConf.merge(cfg, {"mixed_precision": precision}))
     run = RunConfig(
         dir=str(Path(settings.run_dir) / stage),
         seed=settings.seed,
-        mixed_precision=settings.mixed_precision,
+        mixed_precision=precision,
         train_name=settings.train_name,
         tracker="wandb" if settings.use_wandb else settings.tracker,
         wandb_project=settings.wandb_project,
@@ -67,12 +71,19 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
         defaults=flat(defaults_of(type(section)), name) | flat(defaults_of(DataConfig), "data"),
         force=settings.force,
         timeout_minutes=settings.timeout_minutes,
-        resolved=OmegaConf.to_yaml(cfg, resolve=True),
+        resolved=OmegaConf.to_yaml(
+            OmegaConf.merge(cfg, {"mixed_precision": precision}), resolve=True
+        ),
     )
     check_tracker(run)
     process_state(run.timeout_minutes)
     unlink_stages(Path(run.dir))
     return run
+
+
+def need_clip(settings: Settings) -> None:
+    """CheckpointError, before any slow work, where the run has no trained CLIP."""
+    read_header(Path(settings.run_dir) / "clip" / "model.safetensors", "clip")
 
 
 def unlink_stages(own: Path) -> None:

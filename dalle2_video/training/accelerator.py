@@ -14,7 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,15 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import nn
 
 from dalle2_video.config import ConfigError
-from dalle2_video.training.config import RunConfig, TrainConfig
+from dalle2_video.training.config import Precision, RunConfig, TrainConfig
+
+# Sections of a DeepSpeed file whose place is our configuration -> what to set there.
+OURS_IN_DEEPSPEED = {
+    "optimizer": "train.optimizer, lr, betas and weight_decay of the stage",
+    "scheduler": "train.lr_schedule and warmup_clips of the stage",
+    "bf16": "mixed_precision=bf16",
+    "fp16": "mixed_precision=bf16",
+}
 
 
 @dataclass
@@ -80,6 +88,24 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
     return accelerator, micro
 
 
+def chosen_precision(ours: Precision | None) -> Precision:
+    """The precision of the configuration, or that of the launch where the configuration has none.
+
+    Raises ConfigError where both are given and differ. A launch without a word about it says "no"
+    too, so that one never contradicts.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in get_args(Precision):
+        raise ConfigError(f"accelerate launch --mixed_precision {launched}: take bf16, fp16 or no")
+    theirs = cast(Precision, launched)
+    if ours is not None and theirs not in ("no", ours):
+        raise ConfigError(
+            f"mixed_precision={ours}, but accelerate launch says --mixed_precision {theirs}: "
+            "give one of them, or the same"
+        )
+    return ours or theirs
+
+
 def strategy_of(accelerator: Accelerator) -> str:
     """ "one process", "ddp", "fsdp2", or "zero1" to "zero3"."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -105,6 +131,10 @@ def _check_launch_file(sizes: dict[str, float]) -> None:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     where = path or "the accelerate config"
+    for name, remedy in OURS_IN_DEEPSPEED.items():
+        section = found.get(name)
+        if isinstance(section, dict) and section.get("enabled", True) not in (False, "auto"):
+            raise ConfigError(f"{where} has a section {name}: remove it, and set {remedy}")
     if steps := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
         found["gradient_accumulation_steps"] = steps
     for name, ours in sizes.items():

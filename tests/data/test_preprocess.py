@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -12,13 +11,12 @@ import tarfile
 import time
 import zipfile
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from omegaconf import OmegaConf
 
 from dalle2_video.config import ConfigError, from_config
 from dalle2_video.data.config import CATEGORIES, DataConfig
@@ -28,7 +26,7 @@ from dalle2_video.data.sources.archives import ArchiveError
 from dalle2_video.data.sources.captions import encode
 from dalle2_video.data.store.shard import StoreError, read_index, shard_paths
 from dalle2_video.data.store.store import open_store
-from tests.helpers.launching import ROOT
+from tests.helpers.launching import ENVIRONMENT, ROOT
 from tests.helpers.media import captions, clip_id, grey_steps, index_first, write_video, write_zip
 from tests.helpers.stores import clips, config, manifest, skipped, tree, video
 
@@ -569,11 +567,13 @@ def test_the_script(tmp_path: Path) -> None:
 
 
 def test_the_script_ends_with_one_line_that_says_what_is_wrong(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("script", ROOT / "preprocess.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    section = asdict(config(tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match=r"^preprocess: data\.root=.*nowhere does not exist$"):
-        whole = {"data": section, "faces": None, "check": False, "part": 1, "parts": 1}
-        script.main.__wrapped__(OmegaConf.create(whole))
+    for root, line in (
+        ("nowhere", f"data.root={tmp_path}/nowhere does not exist"),
+        ("damaged", f"{tmp_path}/damaged: no clip is usable; the causes are in "),
+    ):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "a.zip").write_bytes(b"PK\x03\x04 and no more")
+        command = [sys.executable, "preprocess.py", f"data.root={tmp_path}/{root}"]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(line), done.stderr
+        assert "Traceback" not in done.stderr

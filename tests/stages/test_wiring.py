@@ -7,6 +7,7 @@ import pytest
 import preprocess
 from dalle2_video.cli import compose, quote_texts, sweep_folder
 from dalle2_video.config import ConfigError
+from dalle2_video.data.sources.archives import ArchiveError
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.wiring import run_config, store_of
@@ -32,7 +33,7 @@ def test_the_embedded_faces_are_made_where_they_are_missing(tmp_path, capsys) ->
     mistyped = tmp_path / "mistyped"
     with pytest.raises(StoreError, match="run preprocess"):  # nothing is rendered elsewhere
         store_of(settings_of(compose(*small, f"data.root={mistyped}")))
-    with pytest.raises(SystemExit, match=r"data\.root=.*mistyped does not exist"):
+    with pytest.raises(ArchiveError, match=r"data\.root=.*mistyped does not exist"):
         preprocess.main(compose(*small, f"data.root={mistyped}"))
     assert not mistyped.exists()
     with pytest.raises(StoreError, match="run preprocess"):  # other data are the user's to bring

@@ -36,6 +36,13 @@ class Summary:
     minutes: float
     store: str
 
+    def raise_if_empty(self) -> None:
+        """StoreError where there were archives and no clip of them is usable."""
+        if self.clips == 0 and (self.skipped or self.shards):
+            raise StoreError(
+                f"{self.store}: no clip is usable; the causes are in {self.store}/manifest.json"
+            )
+
     def __str__(self) -> str:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.skipped.items()))
         return (
