@@ -99,6 +99,7 @@ def script(*reads: str) -> Callable[[Callable[[DictConfig], None]], Callable[...
                         job
                     )()
 
+        run.reads = reads  # pyright: ignore[reportAttributeAccessIssue]
         return run
 
     return decorate

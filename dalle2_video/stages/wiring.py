@@ -53,8 +53,9 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
 
     cfg: what the settings were made of, written into the run's folder.
     """
-    name = f"unets.{stage}" if stage in settings.unets else stage
-    section = settings.unets[stage] if stage in settings.unets else getattr(settings, stage)
+    of_its_own = stage in ("clip", "prior")
+    name = stage if of_its_own else f"unets.{stage}"
+    section = getattr(settings, stage) if of_its_own else settings.unets[stage]
     precision = chosen_precision(settings.mixed_precision)
     cfg = cast(DictConfig, OmegaConf.merge(cfg, {"mixed_precision": precision}))
     run = RunConfig(

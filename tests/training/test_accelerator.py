@@ -8,7 +8,12 @@ import torch
 
 from dalle2_video.config import ConfigError
 from dalle2_video.training import accelerator
-from dalle2_video.training.accelerator import make_accelerator, process_state, share_out
+from dalle2_video.training.accelerator import (
+    chosen_precision,
+    make_accelerator,
+    process_state,
+    share_out,
+)
 from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
 from tests.helpers.launching import ROOT
@@ -75,3 +80,34 @@ def test_every_deepspeed_file_leaves_to_the_loop_what_is_its_own() -> None:
         for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
             assert config[name] == "auto", path
         assert not {"optimizer", "bf16", "fp16"} & config.keys(), path
+
+
+def test_the_precision_is_that_of_the_command_line_or_of_the_launch(monkeypatch) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert [chosen_precision(p) for p in (None, "no", "bf16")] == ["no", "no", "bf16"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # of a launch that says nothing
+    assert [chosen_precision(p) for p in (None, "no", "bf16")] == ["no", "no", "bf16"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert [chosen_precision(p) for p in (None, "bf16")] == ["bf16", "bf16"]
+    for ours in ("no", "fp16"):
+        with pytest.raises(ConfigError, match=rf"mixed_precision={ours}, but .*_precision bf16"):
+            chosen_precision(ours)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ConfigError, match="fp8: take bf16, fp16 or no"):
+        chosen_precision(None)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "scheduler", "fp16", "bf16"])
+def test_a_deepspeed_file_with_a_section_that_is_ours_is_refused(
+    tmp_path, monkeypatch, name
+) -> None:
+    path = tmp_path / "deepspeed.json"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    section = {"enabled": True} if name.endswith("16") else {"type": "Adam", "params": {"lr": 1}}
+    path.write_text(json.dumps({name: section}))
+    with pytest.raises(ConfigError, match=rf"deepspeed.json has a section {name}: remove it"):
+        make_accelerator(tiny_config(), RunConfig(str(tmp_path)))
+    if name.endswith("16"):
+        path.write_text(json.dumps({name: {"enabled": False}, "train_batch_size": 1}))
+        with pytest.raises(ConfigError, match="sets train_batch_size: 1"):  # the next check
+            make_accelerator(tiny_config(), RunConfig(str(tmp_path)))
