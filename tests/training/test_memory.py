@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dalle2_video.training.accelerator import make_accelerator
 from dalle2_video.training.config import RunConfig
@@ -52,6 +53,27 @@ def test_activations_are_those_of_a_real_pass(net, tmp_path) -> None:
     # by hand: the input of each layer that has a gradient, tanh's output, and what scale multiplies
     floats = CLIPS * (DIM + 16 + DIM)
     assert counted == pytest.approx(4 * floats, abs=4)  # `scale` may count
+
+
+def test_a_compiled_network_is_not_called_with_tensors_without_data(tmp_path) -> None:
+    """A compiled kernel reads the memory that they lack: the process would end there."""
+    called = []
+
+    def backend(graph, inputs):
+        def run(*arguments):
+            called.extend(type(a) for a in arguments)
+            return graph(*arguments)
+
+        return run
+
+    stage = replace(tiny_stage(), model=TinyNet())
+    accelerator, _ = make_accelerator(tiny_config(), RunConfig(str(tmp_path)))
+    plain = activations(stage, accelerator, 3)
+    stage.model.compile(backend=backend)
+    assert activations(stage, accelerator, 3) == plain
+    assert FakeTensor not in called
+    stage.model(torch.zeros(2, DIM))
+    assert torch.Tensor in called, "it is compiled"
 
 
 def test_an_objective_that_calls_no_model_is_told(tmp_path) -> None:
