@@ -109,7 +109,11 @@ ADDED: dict[str, Any] = {
     **{f"unets.{name}.model.learned_variance": False for name in ("tsr", "ssr")},
     **{f"unets.{name}.diffusion.variance_steps": 1000 for name in UNETS},
     "prior.diffusion.variance_steps": 1000,
+    "tracker": None,
 }
+# Values that were renamed: (key, before) -> now. null leaves the precision to the launch, which says
+# "no" where it says nothing.
+REVALUED = {("mixed_precision", "no"): None}
 REMOVED = frozenset(
     f"sample.{key}"
     for key in ("augmentation", "window", "overlap")  # had no effect there
@@ -304,7 +308,8 @@ def differing_values(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = [f"{key}: {value!r} is not there any more" for key, value in old.items()
              if key not in named and key not in REMOVED]  # fmt: skip
     for key, (ours, value) in named.items():
-        expected = old.get(key, ADDED.get(ours, "nothing"))
+        before = old.get(key, ADDED.get(ours, "nothing"))
+        expected = REVALUED.get((ours, before), before) if isinstance(before, str) else before
         if ("combo" if value == "heldout" else value) != expected:
             found.append(f"{ours}: {expected!r} before, {value!r} now")
     return found
