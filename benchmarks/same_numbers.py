@@ -111,8 +111,8 @@ ADDED: dict[str, Any] = {
     "prior.diffusion.variance_steps": 1000,
     "tracker": None,
 }
-# Values that were renamed: (key, before) -> now. null leaves the precision to the launch, which says
-# "no" where it says nothing.
+# Values that were renamed: (key, before) -> now. null leaves the precision to the launch, which
+# says "no" where nothing is given.
 REVALUED = {("mixed_precision", "no"): None}
 REMOVED = frozenset(
     f"sample.{key}"
