@@ -149,7 +149,8 @@ def spent(state: State) -> float:
 def training_minutes(minutes: float, gone: float, gigaflops: float) -> dict[str, float]:
     """Minutes of training of each stage, out of a budget of which `gone` minutes are spent.
 
-    gigaflops: GFLOP/s, which tell how long the rest takes. Raises SystemExit where nothing is left.
+    gigaflops: GFLOP/s, from which the time of the rest follows. Raises SystemExit where nothing is
+    left.
     """
     script, evaluation = (a + b / gigaflops for a, b in RESERVE.values())
     left = minutes - gone - evaluation - len(SHARES) * script

@@ -8,7 +8,8 @@ Trains in runs/trials_<name> with the CLIP of runs/trials. The conditions are th
 embeddings and captions, so the prior has no part in it. Prints and writes trial.json: clips seen,
 loss on val, the error of x0 by log-SNR with and without conditions, the same for the motion alone
 (what differs from the clip's mean frame), and the attributes that the probe reads in samples.
-Compare runs of one machine, one after the other; three minutes tell about three points apart.
+Compare runs of one machine, one after the other; trials of three minutes differ by noise of about
+three points.
 """
 
 import argparse

@@ -76,7 +76,7 @@ def kill_once(command: list[str], folder: Path, dice: random.Random, in_save: bo
 
 
 def check_whole(folder: Path) -> int:
-    """Number of checkpoints; AssertionError where one is not what its checksums say."""
+    """Number of checkpoints; AssertionError where one does not match its checksums."""
     found = whole_checkpoints(folder / "base/checkpoints")
     for path in found:
         sums = json.loads((path / CHECKSUMS).read_text())

@@ -1,4 +1,4 @@
-"""What breaks when a video network learns its variance, what mends it, and what it is worth.
+"""What breaks when a video network learns its variance, what fixes it, and what it is worth.
 
     python -m benchmarks.learned_variance run            # the grid; again goes on where it was
     python -m benchmarks.learned_variance run --cells search --part 1/2   # one of two processes
@@ -503,8 +503,8 @@ def run(names: str, data_root: Path, device: str, part: int, parts: int) -> None
 def run_samples(
     names: str, data_root: Path, device: str, part: int, parts: int, lengths: Sequence[int] = STEPS
 ) -> None:
-    """Frechet distances of samples of the networks that are there, in so many steps, to clips of
-    train, by the probe's features; added to the files of the runs.
+    """Frechet distance of each trained network's samples to clips of train, by the probe's
+    features, for each number of sampler steps; added to the files of the runs.
     """
     probe, features = load_probe().network, FOLDER / "real.safetensors"
     if not features.exists():

@@ -232,8 +232,8 @@ def draw_gradients(stress: dict[str, list[dict]]) -> None:
 
 
 def draw_worth(sampled: dict[str, list[dict]]) -> None:
-    """Bits per dimension, and samples by the number of steps, both less those of beta~ with the
-    same seed; bars are 95 % over the seeds that were sampled with so many steps.
+    """Bits per dimension, and Frechet distance over the number of steps, both minus those of beta~
+    with the same seed; bars are 95 % intervals over the seeds that were sampled with that number.
     """
     figure, axes = plt.subplots(2, len(sampled), figsize=(4 * len(sampled), 6), squeeze=False)
     colours = {"middle": "C1", "upper": "C2", "learned": "C3"}

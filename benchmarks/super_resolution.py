@@ -5,8 +5,8 @@
 
 Needs the CLIP and the prior of that run. With --minutes it first trains the network in
 <run-dir>_<what>4: TSR from 4 frames to 16 (the demo's makes 16 of 8). Without, it takes the run's
-own. Conditions are the captions of `val` and `heldout` with the prior's embeddings, so that nothing
-of the true frames is told but those that are given. Writes a figure file in benchmarks/results and
+own. Conditions are the captions of `val` and `heldout` with the prior's embeddings, so the network
+gets nothing of the true frames but the known ones. Writes a figure file in benchmarks/results and
 a picture beside the run.
 """
 

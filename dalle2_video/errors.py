@@ -1,9 +1,9 @@
-"""Errors that a user can mend: the front door (cli.py) prints them as one line."""
+"""Errors that a user can fix: the front door (cli.py) prints them as one line."""
 
 
 class UserError(Exception):
-    """What a user did or has, and not a fault of the code, stands in the way.
+    """A problem that the user can solve, not a fault of the code.
 
     The message is one line that names the file or key, the cause, and what to do. Scripts print it
-    and end with status 2. Subclasses say of what: ConfigError, StoreError, CheckpointError, ...
+    and end with status 2. Subclasses name its area: ConfigError, StoreError, CheckpointError, ...
     """

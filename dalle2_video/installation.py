@@ -54,7 +54,7 @@ def _version(package: Distribution) -> str:
 
 
 def _build(version: str) -> str:
-    """Of a version's tag: the major version of CUDA, "cpu", or "" where it says neither."""
+    """Of a version's tag: the major version of CUDA, "cpu", or "" where it has neither."""
     found = re.search(r"\+cu(\d+)\d$|\+(cpu)$", version)
     return (found[1] or found[2]) if found else ""
 

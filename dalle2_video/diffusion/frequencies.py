@@ -1,6 +1,6 @@
 """The orthonormal cosine transform of clips: where the errors of a network are nearly independent.
 
-What a network cannot tell (a colour, how far a head turns) is shared by thousands of neighbouring
+What a network does not know (a colour, how far a head turns) is shared by thousands of neighbouring
 values, so its errors in pixels go together, and those in frequencies hardly do.
 """
 

@@ -28,7 +28,7 @@ from dalle2_video.diffusion.variance import RAW_LIMIT, fraction_of, learned_term
 
 MIN_SNR_GAMMA = 5.0
 VARIANCE_WEIGHT = 0.001  # on the gradient: DeepSpeed, which clips all together, must not feel it
-VARIANCE_LIMIT = 4.0  # times what fractions that are far too high say
+VARIANCE_LIMIT = 4.0  # of a clip's gradient; 1 is its size where all fractions are far too high
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ each value. That is the `gamma` of the ancestral sampler.
 Deviation: here the fraction is that of each frequency of the clip (frequencies.py), and
 interpolates the variance itself. Then the best one is the expected squared error of the network's
 guess of x0 over sigma^2, for a step of any length (Bao et al. 2022, 2206.07309, there by value); it
-is above 1 where the data vary more than white noise. docs/learned_variance.md tells why.
+is above 1 where the data vary more than white noise. See docs/learned_variance.md.
 
 In continuous time a process of T steps goes from t to t - 1 / T. Its bound, in bits per dimension,
 is a sum of T terms and the prior's: of each step the KL divergence between the posterior given the
@@ -161,7 +161,7 @@ def log_cdf(x: Tensor) -> Tensor:
 
 
 def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:
-    """Bits per dimension (B,) that the noisy end of the schedule still tells of x0."""
+    """Bits per dimension (B,) of x0 that are left at the noisy end of the schedule."""
     alpha, sigma = alpha_sigma(schedule.log_snr(torch.ones(1, device=x0.device)))
     variance = sigma.square()
     divergence = 0.5 * ((alpha * x0).square() + variance - 1 - variance.log())

@@ -1,6 +1,6 @@
 """Captions of the embedded talking heads: several lines for each of CelebV-Text's six categories.
 
-Every line tells the truth and is shorter than 18 words. Each line of face40_details names hair,
+Every line is true and shorter than 18 words. Each line of face40_details names hair,
 beard, glasses, skin and clothing; each line of action_dur the action, and its time unless it fills
 the clip. "left" and "right" are the viewer's. The words person, man and woman carry no meaning. The
 colour of a bald head's hair is never named.
@@ -142,7 +142,7 @@ def write_captions(attributes: FaceAttributes, seconds: float, seed: str) -> dic
 
 
 def timing(attributes: FaceAttributes) -> str:
-    """first, end or whole: which words tell when the action happens."""
+    """first, end or whole: which words name the time of the action."""
     if attributes.action_start + attributes.action_length < 0.95:
         return "first"
     return "end" if attributes.action_start > 0.05 else "whole"

@@ -40,7 +40,7 @@ class Conditions:
     val_set: CelebVTextDataset
 
     def examples(self) -> Examples:
-        """What whitening is fitted to: all training embeddings, and the texts met first."""
+        """What whitening is fitted to: all training embeddings and the first texts."""
         data, number = self.train_set, EXAMPLES_PER_DIMENSION * self.video_clip.embed_dim
         assert data.embeddings is not None
         still = CelebVTextDataset(
@@ -111,8 +111,8 @@ def draw_t(seed: int, sample_ids: Tensor, stream: str) -> Tensor:
 
 
 def shared_coin(probability: float, step: StepInfo, stream: str) -> bool:
-    """Heads with this probability, alike on all ranks: what decides which forward passes there are
-    must not differ, or ZeRO-3 and FSDP wait for each other for ever.
+    """True with this probability, the same on all ranks: where forward passes differ between ranks,
+    ZeRO-3 and FSDP wait for ever.
     """
     return keyed.key(step.seed, step.first, stream) < probability * 2**63
 

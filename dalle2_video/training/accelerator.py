@@ -91,8 +91,8 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
 def chosen_precision(ours: Precision | None) -> Precision:
     """The precision of the configuration, or that of the launch where the configuration has none.
 
-    Raises ConfigError where both are given and differ. A launch without a word about it says "no"
-    too, so that one never contradicts.
+    Raises ConfigError where both are given and differ. A launch that does not set it has "no" too,
+    so "no" never contradicts.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched not in get_args(Precision):

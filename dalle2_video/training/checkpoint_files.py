@@ -134,7 +134,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> str:
-    """The CRC-32 of a file's bytes, 8 hexadecimal digits: it tells damage, not malice."""
+    """The CRC-32 of a file's bytes, 8 hexadecimal digits: it detects damage, not tampering."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

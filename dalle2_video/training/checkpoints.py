@@ -169,7 +169,7 @@ class Checkpoints:
 
     def restore(self) -> tuple[Progress, str] | None:
         """Continue from the newest whole checkpoint -> how far it is and what was carried over;
-        None when there is none. One whose checksums do not hold is passed over, loudly.
+        None when there is none. One whose checksums do not match is skipped with a warning.
 
         Under another strategy or number of ranks weights and EMA are carried over, and the
         optimizer's moments where one process, DDP and FSDP2 load those of other ranks themselves.

@@ -78,7 +78,7 @@ def check_folder(run: RunConfig) -> None:
 
     Compares what decides the training of the stage (its own section, the data, the rendered faces,
     seed and precision) and may not change on the way, in the names of today. `force=true` lets it
-    pass; a model of another shape is refused all the same.
+    pass; a model of another shape is refused anyway.
     """
     path = Path(run.dir) / "config.yaml"
     begun = path.exists() and any((Path(run.dir) / "checkpoints").glob("[0-9]*"))

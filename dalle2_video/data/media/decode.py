@@ -127,7 +127,7 @@ class _ShownFrames:
 
     def add_end(self, duration: float) -> tuple[float, float]:
         """Ends the last frame; returns the end of the stream and how long that frame lasts,
-        seconds. duration: of a frame that does not know its own.
+        seconds. duration: for a frame that has none of its own.
         """
         assert self.held is not None
         if self.held.duration:

@@ -40,7 +40,7 @@ def video_stream(container: InputContainer) -> av.VideoStream:
 
 
 def mean_frame_duration(stream: av.VideoStream) -> float:
-    """Seconds of a frame on average, by the header; 0 where it does not know."""
+    """Seconds of a frame on average, by the header; 0 where it has no rate."""
     return float(1 / stream.average_rate) if stream.average_rate else 0.0
 
 

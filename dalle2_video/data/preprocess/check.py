@@ -28,7 +28,7 @@ ON_SHEET = 12  # random clips
 @dataclass(frozen=True)
 class CheckReport:
     """What was read. problems: a sentence each, naming shard and clip; plain: windows of one colour
-    (black at the start of a film, say: no problem, but worth a look).
+    (black at the start of a film, for example: no problem, but worth a look).
     """
 
     store: str

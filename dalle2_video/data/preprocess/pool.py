@@ -1,7 +1,7 @@
 """Worker processes for work on single clips: results in order, little held in memory.
 
 Each worker has a pipe of its own, so one that dies (killed for memory, or a crash in the decoder)
-or hangs takes nothing but its own task with it: a new worker takes its place.
+or hangs loses only its own task, and a new worker replaces it.
 """
 
 from __future__ import annotations

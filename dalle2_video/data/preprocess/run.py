@@ -52,8 +52,8 @@ def preprocess(
 ) -> Summary:
     """Makes the shards that are not there yet, or every `parts`-th archive of them.
 
-    part: 1 .. parts; each part may run on its own machine, and whoever ends last sees all shards in
-    the manifest. Raises ArchiveError or StoreError, with names.
+    part: 1 .. parts; each part may run on its own machine, and the last one writes a manifest of
+    all shards. Raises ArchiveError or StoreError, with names.
     """
     if not 1 <= part <= parts:
         raise StoreError(f"part={part} parts={parts}: part must be 1 to {parts}")

@@ -127,7 +127,7 @@ class Source:
         return digest.hexdigest()
 
     def stream(self) -> Iterator[tuple[str, Member, bytes | None]]:
-        """(clip id, member, bytes) of each video; bytes None: whoever needs them reads them."""
+        """(clip id, member, bytes) of each video; bytes None: not read yet."""
         rest = dict(self.videos)
         if any(member.kind == "stream" for member in self.videos.values()):
             clip_of = {member.name: clip for clip, member in self.videos.items()}

@@ -2,8 +2,8 @@
 
 A text is a SET of lines of at most 77 tokens each (start and end token included). Category files
 give one line per line of the file; a free text is split at its sentences. A line that is too long
-is split into several, at sentences, then commas, then words, so that what it says always reaches
-the model: nothing is ever truncated. Tokens are those of CLIP (open_clip's SimpleTokenizer).
+is split into several, at sentences, then commas, then words, so that all of it reaches the model:
+nothing is ever truncated. Tokens are those of CLIP (open_clip's SimpleTokenizer).
 
 Letters: B sets of lines, L lines of a set, U unique lines of a batch, T tokens.
 """
@@ -120,7 +120,7 @@ _BREAKS = (_SENTENCE_END, re.compile(r"(?<=[,;:])\s+"), re.compile(r"\s+"))
 
 
 def split_line(text: str) -> list[str]:
-    """Pieces of at most 77 tokens each that say all of `text`; one piece where it fits."""
+    """Pieces of at most 77 tokens each that hold all of `text`; one piece where it fits."""
     text = clean(text)
     length = len(encode(text))
     if length <= ROOM:
@@ -155,7 +155,7 @@ def tokenizer() -> Any:
 
 
 def clean(text: str) -> str:
-    """What the tokenizer itself would do first: mend encodings, unescape HTML, single spaces.
+    """What the tokenizer itself would do first: repair encodings, unescape HTML, single spaces.
 
     Invisible characters go, and a control token written out in a text is broken up, or it would end
     the line for the tower.
@@ -234,7 +234,7 @@ def _open_end(line: Line) -> tuple[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class TrainingCaptions:
-    """The set of lines in training: a new draw by its policy at every meeting of a clip, keyed by
+    """The set of lines in training: drawn by its policy each time a clip is used, keyed by
     (seed, sample_id).
     """
 

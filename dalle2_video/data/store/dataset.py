@@ -74,7 +74,7 @@ class ClipOrder:
 
 
 class Pointer(NamedTuple):
-    """One meeting with a clip: its global sample id, position in the split and key.
+    """One use of a clip: its global sample id, position in the split and key.
 
     num_images: single frames of any clips that come with it.
     """
@@ -133,7 +133,7 @@ class CelebVTextDataset:
     `pointer` names a clip, `collate` loads.
 
     seed keys the order and the caption choice; the store knows who is in which split.
-    first_windows: one window of each clip, for evaluations that must not meet a caption twice.
+    first_windows: one window of each clip, for evaluations that must not use a caption twice.
     num_images: single frames of any clips that come with each clip of training, each with its own
     caption and embedding; they have an order of their own.
     Raises StoreError where the split has no clip.
@@ -177,7 +177,7 @@ class CelebVTextDataset:
         return [self.key(index) for index in range(len(self))]
 
     def pointer(self, sample_id: int) -> Pointer:
-        """The clip that training meets at this global sample id."""
+        """The clip that training uses at this global sample id."""
         index = self._order(sample_id)
         return Pointer(sample_id, index, self.key(index), self.num_images)
 
@@ -186,7 +186,7 @@ class CelebVTextDataset:
         return Pointer(index, index, self.key(index))
 
     def image_pointer(self, sample_id: int) -> Pointer:
-        """Whose frame training meets as image number `sample_id`: image j of clip c is c J + j."""
+        """Whose frame training uses as image number `sample_id`: image j of clip c is c J + j."""
         index = self._image_order(sample_id)
         return Pointer(sample_id, index, self.key(index))
 
