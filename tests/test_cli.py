@@ -110,6 +110,17 @@ def test_several_jobs_of_one_command_each_run_in_their_folder(tmp_path) -> None:
     assert folders == [f"{tmp_path}/{name}" for name in names]
 
 
+def test_a_comma_in_a_text_or_a_path_begins_no_other_job(tmp_path) -> None:
+    folder = tmp_path / "a, b (1) = ü"
+    folder.mkdir()
+    command = [sys.executable, "-c", SWEEP, "-m", f"run_dir={folder}", "text=it's red, not blue"]
+    command += [f"data.root={folder}/x,y", "clip.train.lr=1e-3,2e-3"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    jobs = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
+    assert jobs == [f"{folder}/clip.train.lr={lr} {lr}" for lr in ("0.001", "0.002")]
+
+
 SWEEP = """
 from dalle2_video.config import ConfigError
 from dalle2_video.cli import script

@@ -62,7 +62,7 @@ class StoreSettings:
 class DataConfig:
     """The clips: where they are, how they are stored, and how they are split."""
 
-    name: str = "celebvtext"
+    name: Verbatim = "celebvtext"
     """A label."""
     root: FilePath = "data/CelebV-Text"
     """The folder of the archives; it is only read where `out` is another one."""

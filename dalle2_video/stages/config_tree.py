@@ -47,9 +47,9 @@ class Settings:
     """Service that shows curves and sample videos; null: none."""
     use_wandb: bool = False
     """The same as tracker=wandb."""
-    wandb_project: str = "dalle2-video"
+    wandb_project: Verbatim = "dalle2-video"
     """The project on Weights & Biases."""
-    wandb_entity: str | None = None
+    wandb_entity: Verbatim | None = None
     """Its user or team; null: your default one."""
     wandb_tags: tuple[str, ...] = ()
     """Tags of the run there."""
