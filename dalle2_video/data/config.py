@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from dalle2_video.config import FilePath, Share, Size, Workers, config_class, default
+from dalle2_video.config import FilePath, Share, Size, Verbatim, Workers, config_class, default
 
 CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
 # The six kinds of text of CelebV-Text, by the names used here and on disk.
