@@ -25,18 +25,22 @@ PAGES = [
 ]
 STARTERS = ("python", ".venv/bin/python", "accelerate", "make", "...")
 KINDS = "py|md|json|jsonl|ya?ml|txt|toml|env|cff|pt|h5|png|mp4|html|safetensors|db"
+WRONG_ON_PURPOSE = "When something goes wrong"  # the section whose commands end in errors
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a page; number: from 1. code: whether it lies in a code block."""
+    """A line of a page; number: from 1. code: whether it lies in a code block. section: the heading
+    above it.
+    """
 
     page: str
     number: int
     text: str
     code: bool
+    section: str = ""
 
     @property
     def place(self) -> str:
@@ -48,12 +52,13 @@ class Line:
 
 
 def lines_of(page: str) -> list[Line]:
-    lines, code = [], False
+    lines, code, section = [], False, ""
     for number, text in enumerate((ROOT / page).read_text("utf-8").splitlines(), 1):
         if text.startswith("```"):
             code = not code
         else:
-            lines.append(Line(page, number, text, code))
+            section = text.strip("# ") if text.startswith("#") and not code else section
+            lines.append(Line(page, number, text, code, section))
     return lines
 
 
@@ -72,9 +77,10 @@ def prose_of(page: str) -> Iterator[tuple[str, str]]:
 
 
 def commands_of(page: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(place, words) of each command of a page."""
+    """(place, words) of each command of a page, but for those that are WRONG_ON_PURPOSE."""
+    wrong = {line.place for line in lines_of(page) if line.section == WRONG_ON_PURPOSE}
     for place, text in _typed(page):
-        for words in _words(text):
+        for words in _words(text) if place not in wrong else ():
             for one in product(*(_alternatives(word) for word in words)):
                 yield place, tuple(one)
 
