@@ -132,7 +132,9 @@ def help_text(about: str, reads: Sequence[str], cfg: DictConfig) -> str:
     reads: keys and sections at the top of the configuration.
     """
     lines = [about.strip(), "", "Groups (see configs/):"]
-    lines += [f"  {name}={'|'.join(options)}" for name, options in groups().items()]
+    for name, options in groups().items():
+        if name.split("/")[0] in ("experiment", *reads):
+            lines.append(f"  {name}={'|'.join(options)}")
     lines += ["", "Keys, with their values for this command line:"]
     for key in keys_of(Settings):
         if key.name.split(".")[0] not in reads:
