@@ -18,13 +18,21 @@ from av.container import InputContainer
 
 from dalle2_video.data.media.frame import ClipError
 
+# ffmpeg's names of the containers that are read; all of them hold their frames themselves.
+CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif")
+# No protocol is called "none", so no demuxer opens a file or an address.
+ONLY_THESE_BYTES = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
 MOST_PIXELS = 8192 * 4320  # of a frame; beyond it a header is damaged, or made to fill the memory
 
 
 def open_video(source: bytes | str | os.PathLike[str]) -> InputContainer:
-    """The container of a path or of the bytes of a video file; FFmpegError where it is none."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-    return av.open(file, "r", metadata_errors="replace")
+    """The container of a path or of the bytes of a video file; FFmpegError where it is none.
+
+    Only CONTAINERS are opened, and of them nothing but the given bytes: a playlist or a script for
+    ffmpeg, which would name other files, is refused.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    return av.open(file, "r", metadata_errors="replace", options=ONLY_THESE_BYTES)
 
 
 def video_stream(container: InputContainer) -> av.VideoStream:
