@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -29,3 +32,16 @@ def write_json(path: Path, value: Any) -> None:
     """JSON, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def lock(file: IO[Any], how: int) -> None:
+    """`fcntl.flock`; on a file system without locks a warning, and no lock."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        warnings.warn(
+            f"{file.name}: its file system has no locks; start nothing else that writes there",
+            stacklevel=2,
+        )

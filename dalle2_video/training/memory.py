@@ -6,7 +6,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -133,7 +133,7 @@ def activations(
         raise _Counted
 
     info = StepInfo(batch.sample_ids, seed, device, accelerator)
-    hook = stage.model.register_forward_pre_hook(count, with_kwargs=True)
+    hook = stage.model.register_forward_pre_hook(cast(Any, count), with_kwargs=True)
     try:
         with no_trace(stage.model, None):
             stage.objective(stage.model, batch.to(device), info)

@@ -22,6 +22,7 @@ import numpy as np
 from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 
+from dalle2_video.data.atomic import lock
 from dalle2_video.errors import UserError
 from dalle2_video.training.config import RunConfig
 from dalle2_video.training.config_guard import flat
@@ -154,7 +155,7 @@ class Mlflow:
         files = (folder.parent / "mlflow_artifacts").as_uri() if self.local else None
         id_file = folder / "mlflow_run_id"
         with (folder.parent / ".mlflow.lock").open("w") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)  # stages that begin at once would all make the tables
+            lock(turn, fcntl.LOCK_EX)  # stages that begin at once would all make the tables
             run_id = self._known(id_file.read_text().strip()) if id_file.exists() else None
             name = f"{run.train_name}/{stage}"
             self.tracker = MLflowTracker(PROJECT, files, run_id=run_id, run_name=name)

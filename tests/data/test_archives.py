@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dalle2_video.data.config import CATEGORIES
-from dalle2_video.data.sources.archives import ArchiveError, Catalogue, find_sources
+from dalle2_video.data.sources.archives import Catalogue, find_sources
+from dalle2_video.data.sources.member import ArchiveError
 from tests.helpers.media import captions, clip_id, write_zip
 
 A, B, C = clip_id(1), clip_id(2), clip_id(3)
@@ -234,7 +235,8 @@ def test_a_member_too_large_to_be_a_clip_is_never_read(
         write_zip(tmp_path / "x.zip", {A: bytes(101), B: bytes(100)}, {})
     else:
         write_tar(tmp_path / f"x.{form}", members, "w" if form == "tar" else "w:gz")
-    monkeypatch.setattr("dalle2_video.data.sources.archives.MOST_BYTES", 100)
+    for module in ("member", "archives"):
+        monkeypatch.setattr(f"dalle2_video.data.sources.{module}.MOST_BYTES", 100)
     (source,) = find_sources(tmp_path).sources
     found = {clip: (member, data) for clip, member, data in source.stream()}
     assert (found[B][1] or found[B][0].read()) == bytes(100)

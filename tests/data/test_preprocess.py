@@ -22,8 +22,8 @@ from dalle2_video.config import ConfigError, from_config
 from dalle2_video.data.config import CATEGORIES, DataConfig
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.run import _make_clip, preprocess
-from dalle2_video.data.sources.archives import ArchiveError
 from dalle2_video.data.sources.captions import encode
+from dalle2_video.data.sources.member import ArchiveError
 from dalle2_video.data.store.shard import StoreError, read_index, shard_paths
 from dalle2_video.data.store.store import open_store
 from tests.helpers.launching import ENVIRONMENT, ROOT

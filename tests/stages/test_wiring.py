@@ -7,7 +7,7 @@ import pytest
 import preprocess
 from dalle2_video.cli import compose, quote_texts, sweep_folder
 from dalle2_video.config import ConfigError
-from dalle2_video.data.sources.archives import ArchiveError
+from dalle2_video.data.sources.member import ArchiveError
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.wiring import run_config, store_of

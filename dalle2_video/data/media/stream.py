@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import av
 from av.container import InputContainer
+from av.stream import Disposition
 
 from dalle2_video.data.media.frame import ClipError
 
@@ -36,15 +37,24 @@ def open_video(source: bytes | str | os.PathLike[str]) -> InputContainer:
 
 
 def video_stream(container: InputContainer) -> av.VideoStream:
-    """Its first video stream; ClipError where it has none that can be decoded."""
+    """Its video stream: of several the longest, the first of equals, and a cover picture only where
+    there is nothing else. ClipError where it has none that can be decoded.
+    """
     if not container.streams.video:
         raise ClipError("has no video stream")
-    stream = container.streams.video[0]
+    stream = max(container.streams.video, key=_is_clip)
     if stream.codec_context is None:
         raise ClipError("no video, or damaged: its codec is unknown")
     if stream.width * stream.height > MOST_PIXELS:
         raise ClipError(f"its frames are too large: {stream.width} x {stream.height}")
     return stream
+
+
+def _is_clip(stream: av.VideoStream) -> tuple[bool, bool, float]:
+    """Sorts streams by how likely they are the clip itself: no picture, with frames, long."""
+    still = Disposition.attached_pic | Disposition.timed_thumbnails
+    seconds = float((stream.duration or 0) * (stream.time_base or 0))
+    return not stream.disposition & still, stream.frames != 1, seconds
 
 
 def mean_frame_duration(stream: av.VideoStream) -> float:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from dalle2_video.data.atomic import lock
 from dalle2_video.data.store.shard import StoreError
 
 
@@ -60,7 +61,7 @@ class Journal:
         self._clips = open(self.clips_path, "ab")
         self._frames = open(self.frames_path, "ab")
         try:
-            fcntl.flock(self._clips, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._clips, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.close()
             raise StoreError(f"another preprocess is at work on {self.clips_path}") from error

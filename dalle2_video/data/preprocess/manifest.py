@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import DataConfig
-from dalle2_video.data.sources.archives import Problem
+from dalle2_video.data.sources.member import Problem
 from dalle2_video.data.store.shard import (
     FORMAT,
     StoreError,

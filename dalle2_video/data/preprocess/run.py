@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dalle2_video.data.atomic import write_json
+from dalle2_video.data.atomic import lock, write_json
 from dalle2_video.data.config import CATEGORIES, DataConfig, StoreSettings
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.encode import encode_window
@@ -30,8 +30,9 @@ from dalle2_video.data.media.frame import ClipError
 from dalle2_video.data.preprocess.journal import Journal
 from dalle2_video.data.preprocess.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.preprocess.pool import WorkerLost, WorkerPool
-from dalle2_video.data.sources.archives import ArchiveError, Catalogue, Member, Source, find_sources
+from dalle2_video.data.sources.archives import Catalogue, Source, find_sources
 from dalle2_video.data.sources.captions import CaptionError, Line, read_text, split_line, to_line
+from dalle2_video.data.sources.member import ArchiveError, Member
 from dalle2_video.data.store.shard import (
     FORMAT,
     TIMESTAMPS,
@@ -299,10 +300,10 @@ def _lock(out: Path, part: int, parts: int) -> Iterator[None]:
     with ExitStack() as files:
         try:
             whole = files.enter_context(open(out / ".preprocess.lock", "w"))
-            fcntl.flock(whole, (fcntl.LOCK_EX if parts == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            lock(whole, (fcntl.LOCK_EX if parts == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             if parts > 1:
                 own = files.enter_context(open(out / f".preprocess.{part}of{parts}.lock", "w"))
-                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StoreError(f"another preprocess is writing into {out}") from error
         yield

@@ -12,27 +12,35 @@ back, twice in all: prefer a plain tar.
 from __future__ import annotations
 
 import hashlib
-import lzma
 import os
 import re
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from dalle2_video.data.config import CATEGORIES
-from dalle2_video.errors import UserError
+from dalle2_video.data.sources.member import (
+    MOST_BYTES,
+    READ_ERRORS,
+    ArchiveError,
+    Member,
+    Problem,
+    escaped,
+)
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"),
+    *(".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".ogv", ".wmv", ".3gp"),
+)
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# Archives that Python cannot read in place, and pieces of split ones.
+UNREAD_ARCHIVES = re.compile(r"\.(7z|rar|zst|lz4|lzma|z\d\d|\d{3})$", re.I)
 CLIP_NAME = re.compile(r".{11}(_\d+){1,2}")
 FOLDER_SHARD = 2000  # an extracted folder of more clips becomes 64 shards, so a stop loses little
-MOST_BYTES = 2 << 30  # of one member; a clip has about 10 MB, so more is damage or a bomb
 _TEXT_LIMIT = 1 << 20  # bytes; a text file is below 10 kB
 
 _CATEGORY_OF = {
@@ -40,69 +48,6 @@ _CATEGORY_OF = {
     "face40_details_new": "face40_details",
     "light_colot_temp": "light_color_temp",
 }
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    RuntimeError,  # an encrypted zip
-    NotImplementedError,  # an unknown compression
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-)
-
-
-class ArchiveError(UserError):
-    """Nothing to read, or a member that cannot be read; the message is the cause."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One file inside an archive or folder.
-
-    kind: zip, tar, stream (a compressed tar) or folder. offset: of its bytes in a plain tar. data:
-    its bytes, kept for the texts of a compressed tar only.
-    """
-
-    archive: str
-    kind: str
-    name: str
-    size: int
-    offset: int = 0
-    data: bytes | None = None
-
-    def read(self) -> bytes:
-        """All its bytes; ArchiveError where the archive does not give them whole."""
-        if self.size > MOST_BYTES:
-            raise ArchiveError(f"too large: {self.size / 1e9:.1f} GB")
-        try:
-            if self.data is not None:
-                return self.data
-            if self.kind == "zip":
-                return _open_zip(self.archive).read(self.name)
-            if self.kind == "folder":
-                return (Path(self.archive) / self.name).read_bytes()
-            if self.kind != "tar":
-                raise ArchiveError("truncated: its archive ends before it")  # see Source.stream
-            with open(self.archive, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except _READ_ERRORS as error:
-            raise ArchiveError(f"unreadable in its archive: {error}") from error
-        if len(data) != self.size:
-            raise ArchiveError(
-                f"truncated: its archive ends after {len(data)} of {self.size} bytes"
-            )
-        return data
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that was left out: which archive, which member of it ("" = all), why."""
-
-    archive: str
-    member: str
-    cause: str
 
 
 @dataclass(frozen=True)
@@ -131,7 +76,7 @@ class Source:
         rest = dict(self.videos)
         if any(member.kind == "stream" for member in self.videos.values()):
             clip_of = {member.name: clip for clip, member in self.videos.items()}
-            with suppress(*_READ_ERRORS), tarfile.open(self.archive, "r|*") as tar:
+            with suppress(*READ_ERRORS), tarfile.open(self.archive, "r|*") as tar:
                 for info in tar:
                     clip = clip_of.pop(info.name, None) if info.isreg() else None
                     file = tar.extractfile(info) if clip is not None else None
@@ -163,17 +108,17 @@ def find_sources(root: str | os.PathLike[str]) -> Catalogue:
         raise ArchiveError(f"{root} does not exist")
     catalogue = Catalogue()
     members = _Members(catalogue.problems)
-    for path in [root] if root.is_file() else _files(root):
+    for path in [root] if root.is_file() else _files(root, catalogue.problems):
         lower = path.name.lower()
-        if lower.endswith(ARCHIVE_SUFFIXES):
-            relative = path.name if path == root else str(path.relative_to(root))
+        member = path.name if path == root else path.relative_to(root).as_posix()
+        if cause := _left_out(path, member):
+            catalogue.problems.append(Problem(str(root), member, cause))
+        elif lower.endswith(ARCHIVE_SUFFIXES):
             suffix = next(s for s in ARCHIVE_SUFFIXES if lower.endswith(s))
-            _list_archive(path, relative[: -len(suffix)], members)
+            _list_archive(path, member[: -len(suffix)], members)
         elif path != root and lower.endswith((*VIDEO_SUFFIXES, ".txt")):
-            relative = path.relative_to(root)
-            shard = str(relative.parent) if len(relative.parts) > 1 else root.name
-            size = path.stat().st_size
-            members.add(shard, Member(str(root), "folder", relative.as_posix(), size))
+            shard = str(Path(member).parent) if "/" in member else root.name
+            members.add(shard, Member(str(root), "folder", member, path.stat().st_size))
     catalogue.sources = members.sources()
     if not catalogue.sources and not catalogue.problems:
         raise ArchiveError(
@@ -183,10 +128,17 @@ def find_sources(root: str | os.PathLike[str]) -> Catalogue:
     return catalogue
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """All files under root, in sorted order; a linked folder is followed once."""
+def _files(root: Path, problems: list[Problem]) -> Iterator[Path]:
+    """All files under root, in sorted order; a linked folder is followed once, and one that cannot
+    be read is a problem.
+    """
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        folder = os.path.relpath(str(error.filename), root)
+        problems.append(Problem(str(root), folder, f"cannot be read: {error.strerror}"))
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         folders[:] = sorted(name for name in folders if not _hidden(name))
         if real in seen:
@@ -194,6 +146,23 @@ def _files(root: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         yield from (Path(folder) / name for name in sorted(files) if not _hidden(name))
+
+
+def _left_out(path: Path, name: str) -> str:
+    """Why a file is not looked into, or ""."""
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which is not there"
+    if not path.is_file():
+        return "is no plain file"
+    if not os.access(path, os.R_OK):
+        return "cannot be read: permission denied"
+    if UNREAD_ARCHIVES.search(name):
+        return "an archive that is not read: unpack it into this folder"
+    return _undecodable(name)
+
+
+def _undecodable(name: str) -> str:
+    return "" if escaped(name) == name else "its name is not UTF-8: rename it"
 
 
 def _hidden(part: str) -> bool:
@@ -211,7 +180,7 @@ class _Members:
         self.unknown: set[tuple[str, str]] = set()
 
     def add(self, shard: str, member: Member) -> None:
-        path = PurePosixPath(member.name)
+        path = _path_of(member)
         if any(_hidden(part) for part in path.parts if part not in ("..", ".")):
             return
         if path.suffix.lower() in VIDEO_SUFFIXES:
@@ -272,12 +241,16 @@ def _list_archive(path: Path, shard: str, members: _Members) -> None:
     archive = str(path)
     try:
         for member, cause in _zip_or_tar(archive):
-            cause = cause or _unsafe(member.name)
+            cause = cause or _unsafe(member.name) or _undecodable(member.name)
+            if not cause and UNREAD_ARCHIVES.search(member.name):
+                cause = "an archive that is not read: unpack it beside this one"
+            if not cause and member.name.lower().endswith(ARCHIVE_SUFFIXES):
+                cause = "an archive inside an archive: unpack the outer one"
             if cause:
                 members.problems.append(Problem(archive, member.name, cause))
             else:
                 members.add(shard, member)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         cause = f"no whole archive: {error or type(error).__name__}"
         members.problems.append(Problem(archive, "", cause))
 
@@ -312,6 +285,12 @@ def _zip_or_tar(archive: str) -> Iterator[tuple[Member, str]]:
             yield Member(archive, kind, info.name, info.size, info.offset_data, data), cause
 
 
+def _path_of(member: Member) -> PurePosixPath:
+    """Its path; zips made on Windows may have backslashes between folders."""
+    name = member.name.replace("\\", "/") if member.kind == "zip" else member.name
+    return PurePosixPath(name)
+
+
 def _unsafe(name: str) -> str:
     """Why a member's name must not be trusted, or ""; zips of Windows may hold backslashes."""
     path = PurePosixPath(name.replace("\\", "/"))
@@ -320,14 +299,3 @@ def _unsafe(name: str) -> str:
     if ".." in path.parts:
         return "its name holds '..': it points outside the archive"
     return ""
-
-
-def _open_zip(archive: str) -> zipfile.ZipFile:
-    """An open zip per process and state of the file: a fork must not share its parent's offset."""
-    status = os.stat(archive)
-    return _cached_zip(archive, os.getpid(), status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=8)
-def _cached_zip(archive: str, pid: int, mtime: int, size: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(archive)

@@ -1,0 +1,102 @@
+"""A file of an archive or a folder, read in place, and what is said of one that is left out."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from dalle2_video.errors import UserError
+
+MOST_BYTES = 2 << 30  # of one member; a clip has about 10 MB, so more is damage or a bomb
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,  # an encrypted zip
+    NotImplementedError,  # an unknown compression
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+class ArchiveError(UserError):
+    """Nothing to read, or a member that cannot be read; the message is the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file inside an archive or folder.
+
+    kind: zip, tar, stream (a compressed tar) or folder. offset: of its bytes in a plain tar. data:
+    its bytes, kept for the texts of a compressed tar only.
+    """
+
+    archive: str
+    kind: str
+    name: str
+    size: int
+    offset: int = 0
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """All its bytes; ArchiveError where the archive does not give them whole."""
+        if self.size > MOST_BYTES:
+            raise ArchiveError(f"too large: {self.size / 1e9:.1f} GB")
+        try:
+            if self.data is not None:
+                return self.data
+            if self.kind == "zip":
+                return _open_zip(self.archive).read(self.name)
+            if self.kind == "folder":
+                return (Path(self.archive) / self.name).read_bytes()
+            if self.kind != "tar":
+                raise ArchiveError("truncated: its archive ends before it")  # see Source.stream
+            with open(self.archive, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except READ_ERRORS as error:
+            raise ArchiveError(f"unreadable in its archive: {error}") from error
+        if len(data) != self.size:
+            raise ArchiveError(
+                f"truncated: its archive ends after {len(data)} of {self.size} bytes"
+            )
+        return data
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that was left out: which archive, which member of it ("" = all), why. Bytes of a
+    name that are not UTF-8 are escaped.
+    """
+
+    archive: str
+    member: str
+    cause: str
+
+    def __post_init__(self) -> None:
+        for name in ("archive", "member", "cause"):
+            object.__setattr__(self, name, escaped(getattr(self, name)))
+
+
+def escaped(name: str) -> str:
+    """A name of a file system or an archive as text that every file can hold."""
+    raw = name.encode("utf-8", "surrogateescape")
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def _open_zip(archive: str) -> zipfile.ZipFile:
+    """An open zip per process and state of the file: a fork must not share its parent's offset."""
+    status = os.stat(archive)
+    return _cached_zip(archive, os.getpid(), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)
+def _cached_zip(archive: str, pid: int, mtime: int, size: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(archive)
