@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 from dalle2_video.data.atomic import write_json
+from dalle2_video.errors import UserError
 from dalle2_video.evaluation.page import write_page
 from dalle2_video.evaluation.summary import print_table, summary_of, table
+from dalle2_video.failures import one_line_errors
 from dalle2_video.provenance import provenance
 from dalle2_video.training.log import read_metrics
 
@@ -91,16 +93,16 @@ def read_state(folder: Path, minutes: float) -> State:
     """The state of a demo that was begun in the folder, or that of a new one.
 
     stages: name -> minutes, done, peak memory. budget: stage -> minutes of training. Raises
-    SystemExit where the folder holds a demo of another budget or of other stages.
+    UserError where the folder holds a demo of another budget or of other stages.
     """
     path = folder / "demo.json"
     state: State = {"minutes": minutes, "stages": {}, **provenance()}
     if path.exists():
         state = json.loads(path.read_text())
         if state.get("budget", SHARES).keys() != SHARES.keys():
-            raise SystemExit(f"{folder} holds a demo of other stages: remove it")
+            raise UserError(f"{folder} holds a demo of other stages: remove it")
         if state["minutes"] != minutes:
-            raise SystemExit(
+            raise UserError(
                 f"{folder} holds a demo of {state['minutes']:g} minutes: remove it, "
                 f"or choose another --run-dir for one of {minutes:g}"
             )
@@ -149,13 +151,13 @@ def spent(state: State) -> float:
 def training_minutes(minutes: float, gone: float, gigaflops: float) -> dict[str, float]:
     """Minutes of training of each stage, out of a budget of which `gone` minutes are spent.
 
-    gigaflops: GFLOP/s, from which the time of the rest follows. Raises SystemExit where nothing is
+    gigaflops: GFLOP/s, from which the time of the rest follows. Raises UserError where nothing is
     left.
     """
     script, evaluation = (a + b / gigaflops for a, b in RESERVE.values())
     left = minutes - gone - evaluation - len(SHARES) * script
     if left <= 0:
-        raise SystemExit(f"{minutes:g} minutes leave nothing to train in; try 20")
+        raise UserError(f"{minutes:g} minutes leave nothing to train in; try 20")
     return {stage: left * share for stage, share in SHARES.items()}
 
 
@@ -178,4 +180,5 @@ def faster_precision(seconds: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import linecache
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +21,7 @@ from yaml import MarkedYAMLError
 
 from dalle2_video.errors import UserError
 
+PACKAGE = Path(__file__).parent
 STATUS = 2
 INTERRUPTED = 130  # of a shell, for Ctrl+C
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -32,6 +37,9 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # of `| head`: what it wanted is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(STATUS) from None
     except KeyboardInterrupt:
         if WANTS_TRACEBACK:
             raise
@@ -47,10 +55,13 @@ def one_line_errors() -> Iterator[None]:
 
 def line_of(error: BaseException) -> str | None:
     """What a user needs to know of an error, in one line; None for a bug of ours."""
+    if isinstance(error, UserError):
+        return _flat(str(error))
     texts = " ".join(str(cause) for cause in _causes(error))
     if NO_SPACE.search(texts):
         files = [c.filename for c in _causes(error) if isinstance(c, OSError) and c.filename]
-        return f"{files[0] if files else 'disk'}: no space left; make room, then run it again"
+        where = files[0] if files else "the disk is full"
+        return f"{where}: no space left; make room, then run the same command again"
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and NO_MEMORY.search(texts)
     ):
@@ -65,14 +76,28 @@ def line_of(error: BaseException) -> str | None:
         return f"{name}: no such option; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read ({_flat(str(error)).split(';')[0]}); quote it"
-    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+    if isinstance(error, HydraException | OmegaConfBaseException):
         return _flat(str(error))
     if isinstance(error, OSError) and error.filename is not None:
         cause = (error.strerror or os.strerror(error.errno or errno.EIO)).lower()
         return f"{error.filename}: {cause}"
     if isinstance(error, UnicodeDecodeError):
         return f"a text is not {error.encoding.upper()}: {error.reason}; save it as UTF-8"
-    return None
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{shlex.join(map(str, error.cmd))}: ended with status {error.returncode}, see above"
+    return _flat(str(error)) if _raised_by_us(error) else None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether a `raise` of the package made this error: a check of ours, and so no surprise."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None or not isinstance(error, ValueError | OSError | RuntimeError):
+        return False
+    file = frame.tb_frame.f_code.co_filename
+    line = linecache.getline(file, frame.tb_lineno)
+    return Path(file).is_relative_to(PACKAGE) and line.strip().startswith("raise ")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

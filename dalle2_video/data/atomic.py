@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from dalle2_video.errors import UserError
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -32,6 +34,19 @@ def write_json(path: Path, value: Any) -> None:
     """JSON, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a user's file, without a byte order mark. UserError, with the place, where it is
+    not UTF-8.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); save it as UTF-8"
+        ) from error
 
 
 def lock(file: IO[Any], how: int) -> None:

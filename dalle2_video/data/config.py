@@ -94,6 +94,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _ = self.settings  # raises ValueError
+        if self.splits and abs(sum(self.splits.values()) - 1) > 1e-6:
+            raise ValueError(f"splits: the shares must add up to 1, got {dict(self.splits)}")
 
     @property
     def store(self) -> Path:

@@ -29,6 +29,7 @@ from dalle2_video.faces.captions import write_captions
 from dalle2_video.faces.config import FaceFormat, FacesConfig
 from dalle2_video.faces.plan import FRACTIONS, FaceClip, plan
 from dalle2_video.faces.render import render
+from dalle2_video.failures import one_line_errors
 
 # Slower presets of x264 look ahead, and do not give the same bytes each time for small frames.
 CRF, PRESET = 14, "ultrafast"
@@ -41,7 +42,10 @@ def read_attributes(path: str | os.PathLike[str]) -> dict[str, FaceAttributes]:
     Raises ValueError that names file and line, and FileNotFoundError where the data are others.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file; only the embedded faces have one")
+        raise FileNotFoundError(
+            f"{path}: no such file; only the embedded faces have one: take "
+            "evaluate.metric=nearest or nll"
+        )
     found = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -182,4 +186,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

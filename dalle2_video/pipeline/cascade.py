@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dalle2_video.data.atomic import read_text
 from dalle2_video.data.media.tensors import has_view, to_float, to_uint8
 from dalle2_video.data.sources.captions import pack_lines, text_to_lines, to_line
 from dalle2_video.diffusion.config import DiffusionConfig
@@ -42,7 +43,7 @@ def read_texts(text: str | Sequence[str] | None, file: str | None, num_samples: 
     if file is None:
         texts = [text if isinstance(text, str) else "\n".join(text or [])]
     else:
-        texts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        texts = [line.strip() for line in read_text(file).splitlines()]
         texts = [line for line in texts if line]
     if not any(one.strip() for one in texts):
         raise ValueError(f"{file or 'text'}: empty, there is nothing to sample")
@@ -116,6 +117,11 @@ class Cascade:
         makes.
         """
         run_dir = Path(run_dir)
+        if not run_dir.is_dir():
+            runs = [path.name for path in sorted(run_dir.parent.glob("*")) if path.is_dir()]
+            raise CheckpointError(
+                f"{run_dir}: no such run; {run_dir.parent} has {', '.join(runs) or 'none'}"
+            )
         clip_path = run_dir / "clip" / "model.safetensors"
         video_clip, _ = load_clip(clip_path)
         prior, prior_diffusion, prior_file = load_prior(run_dir / "prior" / "model.safetensors")

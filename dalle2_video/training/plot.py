@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dalle2_video.data.atomic import whole
+from dalle2_video.errors import UserError
+from dalle2_video.failures import one_line_errors
 from dalle2_video.training.log import clock, read_metrics
 
 LOGARITHMIC = ("loss", "grad_norm")
@@ -87,7 +89,7 @@ def plot(folder: Path) -> list[str]:
         seconds = [line["seconds"] for line in lines if "seconds" in line]
         summary.append(f"{path}: {lines[-1]['clips']:,} clips in {clock(max(seconds, default=0))}")
     if not summary:
-        raise SystemExit(f"{folder}: no stage with a metrics.jsonl here")
+        raise UserError(f"{folder}: no stage with a metrics.jsonl here")
     return summary
 
 
@@ -98,10 +100,11 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path, help="runs/<train_name>, or one of its stages")
     folder = parser.parse_args().run_dir
     if not folder.is_dir():
-        raise SystemExit(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     for line in plot(folder):
         print(line)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import demo
+from dalle2_video.errors import UserError
 from tests.helpers.launching import ENVIRONMENT, ROOT
 
 # ---------------------------------------------------------------- budget and precision
@@ -23,7 +24,7 @@ def test_training_gets_what_starting_and_judging_leave() -> None:
     assert list(minutes) == ["clip", "prior", "base", "tsr", "ssr"]
     slower = demo.training_minutes(20, 1.5, 100)
     assert all(slower[stage] < minutes[stage] for stage in minutes)
-    with pytest.raises(SystemExit, match=r"1\.5 minutes leave nothing"):
+    with pytest.raises(UserError, match=r"1\.5 minutes leave nothing"):
         demo.training_minutes(1.5, 0.1, 340)
 
 
@@ -61,11 +62,11 @@ def test_a_demo_of_another_budget_or_of_other_stages_is_refused(tmp_path: Path) 
     state = demo.read_state(tmp_path, 20) | {"commit": "of the start"}
     (tmp_path / "demo.json").write_text(json.dumps(state))
     assert demo.read_state(tmp_path, 20) == state  # with the commit of the start
-    with pytest.raises(SystemExit, match="a demo of 20 minutes"):
+    with pytest.raises(UserError, match="a demo of 20 minutes"):
         demo.read_state(tmp_path, 120)
     state["budget"] = {"clip": 1.0, "decoder": 3.0}
     (tmp_path / "demo.json").write_text(json.dumps(state))
-    with pytest.raises(SystemExit, match="other stages"):
+    with pytest.raises(UserError, match="other stages"):
         demo.read_state(tmp_path, 20)
 
 

@@ -6,6 +6,7 @@ import sys
 import av
 import pytest
 
+from dalle2_video.errors import UserError
 from dalle2_video.training.config import RunConfig
 from dalle2_video.training.loop import train
 from dalle2_video.training.plot import curves, plot
@@ -40,5 +41,5 @@ def test_a_picture_per_stage(tmp_path) -> None:
 
 
 def test_a_folder_without_metrics_is_an_error(tmp_path) -> None:
-    with pytest.raises(SystemExit, match="no stage with a metrics"):
+    with pytest.raises(UserError, match="no stage with a metrics"):
         plot(tmp_path)
