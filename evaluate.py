@@ -42,10 +42,11 @@ def main(cfg: DictConfig) -> None:
     from dalle2_video.pipeline.cascade import Cascade, sampling_bar
     from dalle2_video.provenance import provenance
     from dalle2_video.stages.config_tree import settings_of
-    from dalle2_video.stages.wiring import store_of
+    from dalle2_video.stages.wiring import need_data_of_the_run, store_of
     from dalle2_video.training.accelerator import chosen_precision
 
     settings = settings_of(cfg)
+    need_data_of_the_run(settings)
     plan, config, store = settings.evaluate, settings.sample, store_of(settings)
     every = EvaluationCaptions()
     dataset = CelebVTextDataset(store, plan.split, settings.seed, every, first_windows=True)

@@ -76,6 +76,7 @@ def script(*reads: str) -> Callable[[Callable[[DictConfig], None]], Callable[...
         def job(cfg: DictConfig) -> None:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 cfg.run_dir = sweep_folder(cfg.run_dir, HydraConfig.get().job.override_dirname)
+                print(f"-- job {HydraConfig.get().job.num}: {cfg.run_dir}", flush=True)
             with one_line_errors():
                 settings_of(cfg)  # a wrong value answers before `main` imports what it runs
                 check_pair()

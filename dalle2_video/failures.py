@@ -72,7 +72,7 @@ def line_of(error: BaseException) -> str | None:
     if isinstance(error, MarkedYAMLError):
         return f"not a YAML file: {_flat(str(error))}"
     if isinstance(error, MissingConfigException) and error.options is not None:
-        name = str(error.missing_cfg_file).replace("/", "=", 1)
+        name = "=".join(str(error.missing_cfg_file).rsplit("/", 1))
         return f"{name}: no such option; there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read ({_flat(str(error)).split(';')[0]}); quote it"

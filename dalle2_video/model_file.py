@@ -32,6 +32,8 @@ RENAMED = {  # keys of a `config` of format 1, at any depth, and their names of 
     "low_frames": "num_lowres_frames",
     "low_size": "lowres_size",
 }
+# Kind of a model -> the script that trains it; the U-Nets have one for all.
+SCRIPTS = {"clip": "train_clip.py", "prior": "train_prior.py"}
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -168,7 +170,11 @@ def load_model(path: str | os.PathLike[str], kind: str) -> LoadedModel:
 def _open(path: Path, kind: str | None, weights: bool) -> tuple[Header, dict[str, Tensor]]:
     if not path.is_file():
         wanted = f"the {kind} model" if kind else "a model"
-        raise CheckpointError(f"{path}: no such file; {wanted} is needed here, train it first")
+        script = SCRIPTS.get(kind or "", f"train_decoder.py unet={kind}" if kind else "")
+        raise CheckpointError(
+            f"{path}: no such file; {wanted} is needed here, train it first"
+            + (f": {script}" if script else "")
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             raw = file.metadata() or {}

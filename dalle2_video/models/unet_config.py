@@ -65,7 +65,9 @@ class UnetConfig:
             raise ValueError(f"image_size {self.image_size} is no multiple of {self.size_multiple}")
         for mult in self.mults:
             if self.dim * mult % self.head_dim:
-                raise ValueError(f"dim {self.dim} x {mult} is no multiple of {self.head_dim}")
+                raise ValueError(
+                    f"dim {self.dim} x {mult} is no multiple of head_dim {self.head_dim}"
+                )
         if (self.num_lowres_frames is None) != (self.lowres_size is None):
             raise ValueError(
                 "num_lowres_frames and lowres_size belong together: give both or neither"

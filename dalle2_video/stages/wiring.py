@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from dalle2_video.config import defaults_of
+from dalle2_video.config import ConfigError, defaults_of
 from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.shard import index_paths
@@ -17,8 +18,11 @@ from dalle2_video.model_file import read_header
 from dalle2_video.stages.config_tree import Settings
 from dalle2_video.training.accelerator import chosen_precision, process_state
 from dalle2_video.training.config import RunConfig
-from dalle2_video.training.config_guard import flat
+from dalle2_video.training.config_guard import differences, flat, from_yaml, translated
 from dalle2_video.training.trackers import check_tracker
+
+# Keys of `data` that decide what its clips are.
+CLIPS = ("name", "fps", "num_frames", "size", "span", "windows", "split_seed", "splits")
 
 
 def render_faces(settings: Settings) -> bool:
@@ -85,6 +89,27 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
 def need_clip(settings: Settings) -> None:
     """CheckpointError, before any slow work, where the run has no trained CLIP."""
     read_header(Path(settings.run_dir) / "clip" / "model.safetensors", "clip")
+
+
+def need_data_of_the_run(settings: Settings) -> None:
+    """ConfigError where the first U-Net of the run was trained on other data than `data` names: its
+    judgement would be of something else, in silence. Where the data lie may differ.
+    """
+    path = Path(settings.run_dir) / settings.cascade[0] / "config.yaml"
+    if not path.is_file():
+        return
+    loaded = flat(from_yaml(path.read_text(encoding="utf-8")).get("data", {}), "data")
+    there = flat(defaults_of(DataConfig), "data") | translated(loaded)
+    here = flat(dataclasses.asdict(settings.data), "data")
+    of_clips = [
+        {k: v for k, v in d.items() if k.split(".")[1] in CLIPS and v} for d in (there, here)
+    ]
+    found = differences(*of_clips)
+    if found:
+        raise ConfigError(
+            f"{settings.run_dir}: trained on other data than this command names "
+            f"({'; '.join(found)}); give the experiment= and data.* of the run"
+        )
 
 
 def unlink_stages(own: Path) -> None:

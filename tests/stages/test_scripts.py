@@ -98,6 +98,13 @@ def test_evaluate_reports_figures(configure, run_dir, tmp_path) -> None:
 # ---------------------------------------------------------------- what is refused
 
 
+def test_a_run_is_not_judged_on_other_data_in_silence(configure, run_dir, tmp_path) -> None:
+    """The mistake: an experiment that is left out of the command line."""
+    with pytest.raises(ConfigError, match=r"trained on other data .*data\.fps: 4.* there, 2"):
+        evaluate.main(configure("data.fps=2", f"out={tmp_path}"))
+    evaluate.main(configure("evaluate.metric=nearest", "evaluate.clips=2", f"out={tmp_path}"))
+
+
 def test_stages_of_another_clip_are_refused(configure, run_dir) -> None:
     cfg = configure("seed=1", run="other_clip")
     other = Path(cfg.run_dir)
