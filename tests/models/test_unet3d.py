@@ -194,7 +194,7 @@ def test_config_errors() -> None:
         dataclasses.replace(SMALL, attention=(True,))
     with pytest.raises(ValueError, match="no multiple of 4"):
         dataclasses.replace(SMALL, image_size=18)
-    with pytest.raises(ValueError, match="no multiple of 24"):
+    with pytest.raises(ValueError, match="no multiple of head_dim 24"):
         dataclasses.replace(SMALL, head_dim=24)
 
 
