@@ -9,7 +9,6 @@ its folder. Started again it continues: finished stages are not run again.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from dalle2_video.data.atomic import write_json
+from dalle2_video.data.atomic import read_json, write_json
 from dalle2_video.errors import UserError
 from dalle2_video.evaluation.page import write_page
 from dalle2_video.evaluation.summary import print_table, summary_of, table
@@ -66,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     run("evaluation", "evaluate.py", f"evaluate.clips={SAMPLES}", f"out={folder}")
 
     trained = {stage: read_metrics(folder / stage / "metrics.jsonl") for stage in SHARES}
-    metrics = summary_of(state, trained, json.loads((folder / "report.json").read_text()))
+    metrics = summary_of(state, trained, read_json(folder / "report.json"))
     write_json(folder / "report.json", metrics)
     rows = table(metrics, UNETS)
-    captions = json.loads((folder / "captions.json").read_text())
+    captions = read_json(folder / "captions.json")
     write_page(folder, captions, rows, metrics, UNETS)
     print_table(rows)
     print(f"look at {folder}/index.html, sheet.png and samples.mp4")
@@ -98,7 +97,7 @@ def read_state(folder: Path, minutes: float) -> State:
     path = folder / "demo.json"
     state: State = {"minutes": minutes, "stages": {}, **provenance()}
     if path.exists():
-        state = json.loads(path.read_text())
+        state = read_json(path)
         if state.get("budget", SHARES).keys() != SHARES.keys():
             raise UserError(f"{folder} holds a demo of other stages: remove it")
         if state["minutes"] != minutes:

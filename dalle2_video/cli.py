@@ -30,18 +30,9 @@ from dalle2_video.installation import check_pair
 from dalle2_video.stages.config_tree import CONFIGS, Settings, register, settings_of
 
 # What the scripts that train a stage read of the configuration, beside that stage's section.
-TRAINING = (
-    *("train_name", "run_dir", "seed", "validation", "mixed_precision", "force", "timeout_minutes"),
-    *(
-        "tracker",
-        "use_wandb",
-        "wandb_project",
-        "wandb_entity",
-        "wandb_tags",
-        "wandb_mode",
-        "faces",
-        "data",
-    ),
+TRAINING = tuple(
+    "train_name run_dir seed validation mixed_precision force timeout_minutes tracker use_wandb "
+    "wandb_project wandb_entity wandb_tags wandb_mode faces data".split()
 )
 NOT_IN_A_NAME = ("train_name", "run_dir", "unet")  # they lead to folders of their own
 STAGES = ("clip", "prior", "base", "tsr", "ssr")

@@ -8,6 +8,7 @@ pydantic's, in its strict mode: a number is never taken from a word or a yes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import types
@@ -73,6 +74,7 @@ def name_of_today(key: str) -> str:
     return key
 
 
+@functools.cache
 def typed_as(cls: type, kind: Any, prefix: str = "") -> list[str]:
     """Dotted keys below a configuration class that are typed as `kind`: Verbatim or FilePath."""
     found = []

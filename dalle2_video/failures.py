@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import linecache
 import os
 import re
 import shlex
@@ -13,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +19,6 @@ from yaml import MarkedYAMLError
 
 from dalle2_video.errors import UserError
 
-PACKAGE = Path(__file__).parent
 STATUS = 2
 INTERRUPTED = 130  # of a shell, for Ctrl+C
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -85,19 +82,7 @@ def line_of(error: BaseException) -> str | None:
         return f"a text is not {error.encoding.upper()}: {error.reason}; save it as UTF-8"
     if isinstance(error, subprocess.CalledProcessError):
         return f"{shlex.join(map(str, error.cmd))}: ended with status {error.returncode}, see above"
-    return _flat(str(error)) if _raised_by_us(error) else None
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether a `raise` of the package made this error: a check of ours, and so no surprise."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None or not isinstance(error, ValueError | OSError | RuntimeError):
-        return False
-    file = frame.tb_frame.f_code.co_filename
-    line = linecache.getline(file, frame.tb_lineno)
-    return Path(file).is_relative_to(PACKAGE) and line.strip().startswith("raise ")
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -207,12 +207,7 @@ def _heading(name: str) -> str:
 
 
 def _cells(key: Key) -> list[str]:
-    cells = [
-        f"`{key.name}`",
-        f"`{key.default}`" if key.default != "" else "",
-        key.values,
-        key.meaning,
-    ]
+    cells = [f"`{key.name}`", f"`{key.default}`", key.values, key.meaning]
     return [cell.replace("|", "\\|") for cell in cells]
 
 

@@ -16,6 +16,10 @@ from dalle2_video.data.atomic import read_text
 from dalle2_video.data.store.splits import split_of
 from dalle2_video.errors import UserError
 from dalle2_video.failures import line_of, one_line_errors
+from dalle2_video.training.accelerator import make_accelerator
+from dalle2_video.training.config import RunConfig, TrainConfig
+from dalle2_video.training.config_guard import config_of
+from dalle2_video.training.log import read_metrics
 from tests.helpers.launching import ENVIRONMENT, ROOT, launch_command
 
 ROW = re.compile(r"^\| `python (\S+\.py) (.*)` \| (.*) \|$", re.M)
@@ -78,10 +82,32 @@ def test_the_line_of_an_error(error, line) -> None:
 
 def test_a_check_of_ours_is_a_line_and_a_bug_is_none() -> None:
     checked = error_of(split_of, "x" * 11, 0, {"train": 0.5})
-    assert type(checked) is ValueError
     assert line_of(checked) == "split fractions must be at least 0 and sum to 1: {'train': 0.5}"
     bug = error_of(split_of, None, 0, {"train": "1"})
     assert line_of(bug) is None
+
+
+def test_a_damaged_file_is_named_with_the_place(tmp_path, monkeypatch) -> None:
+    """Metrics, a run's configuration and the launch's DeepSpeed file."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"clips": 1}\n{"clips": \n{"cut short')
+    run = tmp_path / "config.yaml"
+    run.write_text("a: [1\n")
+    launch = tmp_path / "deepspeed.json"
+    launch.write_text("{")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(launch))
+    settings = TrainConfig(), RunConfig(str(tmp_path))
+    for error, start in (
+        (error_of(read_metrics, metrics), f"{metrics}, line 2: not JSON ("),
+        (error_of(config_of, tmp_path), f"{run}: not YAML ("),
+        (error_of(make_accelerator, *settings), f"{launch}: not JSON ("),
+    ):
+        line = line_of(error)
+        assert line is not None and line.startswith(start) and "\n" not in line
+    for path in (metrics, run, launch):
+        path.write_bytes(b"caf\xe9")
+        with pytest.raises(UserError, match=re.escape(f"{path}: not UTF-8 at byte 3 (0xe9)")):
+            read_text(path)
 
 
 def test_out_of_memory_says_what_to_make_smaller() -> None:

@@ -49,6 +49,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ) from error
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file; UserError, with the place, where it is damaged."""
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text; UserError, with `where` it stands and the place, where damaged."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); restore or remove it") from error
+
+
 def lock(file: IO[Any], how: int) -> None:
     """`fcntl.flock`; on a file system without locks a warning, and no lock."""
     try:

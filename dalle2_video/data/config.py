@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +10,6 @@ from pydantic import Field, PositiveFloat
 
 from dalle2_video.config import FilePath, Share, Size, Verbatim, Workers, config_class, default
 
-CHOICES = {"span": ("first", "full"), "windows": ("one", "all"), "encoding": ("raw", "h264")}
 # The six kinds of text of CelebV-Text, by the names used here and on disk.
 CATEGORIES = (
     "action_dur",
@@ -22,29 +21,25 @@ CATEGORIES = (
 )
 
 
-@dataclass(frozen=True)
+@config_class
 class StoreSettings:
-    """How the clips of a store were made.
+    """How the clips of a store were made."""
 
-    fps, num_frames, size: frames per second, frames per window, side in pixels. span: "first" takes
-    the first num_frames / fps seconds, "full" spreads the frames over the whole clip (fps is then
-    only the rate at which they are shown). windows: "one", or "all" that fit into the clip, end to
-    end. encoding: "raw" frames, or "h264", visually lossless and decoded on reading.
-    """
-
-    fps: float
-    num_frames: int
-    size: int
-    span: str = "first"
-    windows: str = "one"
-    encoding: str = "raw"
+    fps: Annotated[float, Field(gt=0, le=240)]
+    """Frames per second of the stored clips."""
+    num_frames: Size
+    """Frames of a window."""
+    size: Size
+    """Side of a stored frame in pixels."""
+    span: Literal["first", "full"] = "first"
+    """first: the first num_frames / fps seconds; full: frames spread over the whole clip (fps is
+    then only the rate at which they are shown)."""
+    windows: Literal["one", "all"] = "one"
+    """How many windows of a clip are stored: one, or all that fit into it, end to end."""
+    encoding: Literal["raw", "h264"] = "raw"
+    """Raw frames, or visually lossless videos that are decoded on reading."""
 
     def __post_init__(self) -> None:
-        if self.fps <= 0 or self.num_frames < 1 or self.size < 1:
-            raise ValueError("fps, num_frames and size must be positive")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)}")
         if self.span == "full" and self.windows == "all":
             raise ValueError("span=full makes one window of the whole clip: windows must be one")
 
@@ -59,7 +54,7 @@ class StoreSettings:
 
 
 @config_class
-class DataConfig:
+class DataConfig(StoreSettings):
     """The clips: where they are, how they are stored, and how they are split."""
 
     name: Verbatim = "celebvtext"
@@ -74,13 +69,6 @@ class DataConfig:
     """Frames of a window."""
     size: Size = 64
     """Side of a stored frame in pixels."""
-    span: Literal["first", "full"] = "first"
-    """first: the first num_frames / fps seconds; full: frames spread over the whole clip (fps is
-    then only the rate at which they are shown)."""
-    windows: Literal["one", "all"] = "one"
-    """How many windows of a clip are stored: one, or all that fit into it, end to end."""
-    encoding: Literal["raw", "h264"] = "raw"
-    """Raw frames, or visually lossless videos that are decoded on reading."""
     split_seed: int = 0
     """Of the splits."""
     splits: dict[str, Share] = default(dict)
@@ -93,7 +81,7 @@ class DataConfig:
     """Make shards again that are there."""
 
     def __post_init__(self) -> None:
-        _ = self.settings  # raises ValueError
+        super().__post_init__()
         if self.splits and abs(sum(self.splits.values()) - 1) > 1e-6:
             raise ValueError(f"splits: the shares must add up to 1, got {dict(self.splits)}")
 
@@ -105,14 +93,8 @@ class DataConfig:
     @property
     def settings(self) -> StoreSettings:
         """How the frames are made."""
-        return StoreSettings(
-            fps=float(self.fps),
-            num_frames=self.num_frames,
-            size=self.size,
-            span=self.span,
-            windows=self.windows,
-            encoding=self.encoding,
-        )
+        fields = dataclasses.fields(StoreSettings)
+        return StoreSettings(**{field.name: getattr(self, field.name) for field in fields})
 
 
 @config_class

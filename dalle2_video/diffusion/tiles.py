@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dalle2_video.config import ConfigError
+
 
 def tile_starts(frames: int, tile: int, overlap: int, step: int = 1) -> list[int]:
     """First frame of each tile of a clip of so many frames.
@@ -23,7 +25,7 @@ def tile_starts(frames: int, tile: int, overlap: int, step: int = 1) -> list[int
         return [0]
     stride = (tile - overlap) // step * step
     if stride < 1:
-        raise ValueError(
+        raise ConfigError(
             f"tiles of {tile} frames that share {overlap} never go on by {step}: take a larger "
             "tile or a smaller overlap"
         )

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dalle2_video.errors import UserError
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,7 +27,7 @@ def last_validation(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for line in reversed(lines):
         if any(key.startswith("val/") for key in line):
             return {key.removeprefix("val/"): value for key, value in line.items()}
-    raise ValueError("no validation was logged: the training ended before its first one")
+    raise UserError("no validation was logged: the training ended before its first one")
 
 
 def summary_of(

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from dalle2_video.config import ConfigError
 from dalle2_video.data.store.splits import split_of
 from dalle2_video.faces.attributes import (
     APPEARANCE,
@@ -103,7 +104,7 @@ def plan(
     whose clips would not be of held-out combinations.
     """
     if "combo" in fractions:
-        raise ValueError("the split `combo` is called `heldout` now: rename it in data.splits")
+        raise ConfigError("the split `combo` is called `heldout` now: rename it in data.splits")
     people = list(_people(num_clips, seed, fractions, seed if split_seed is None else split_seed))
     held_out = held_out_combinations(seed)
     pools = {"train": frozenset(all_combinations()) - held_out, "heldout": held_out}

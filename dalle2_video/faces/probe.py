@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dalle2_video.data.media.frame import resize_matrix
 from dalle2_video.faces.attributes import ATTRIBUTES, UNDEFINED, FaceAttributes
 from dalle2_video.faces.light import LightRule
-from dalle2_video.model_file import load_model, load_weights
+from dalle2_video.model_file import CheckpointError, load_model, load_weights
 
 PROBE_PATH = Path(__file__).with_name("probe.safetensors")
 PROBE_SHA256 = "424169cb9c99c2e0b3492809b76de752b3899c234547dd70a3c7a6ba5ee56dcd"
@@ -138,8 +138,10 @@ def load_probe(path: Path = PROBE_PATH, sha256: str | None = PROBE_SHA256) -> Pr
     loaded = load_model(path, KIND)
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if sha256 is not None and found != sha256:
-        raise ValueError(f"{path}: SHA-256 {found} is not the pinned {sha256}; restore the file, "
-                         "or pin the new one in dalle2_video/faces/probe.py")  # fmt: skip
+        raise CheckpointError(
+            f"{path}: SHA-256 {found} is not the pinned {sha256}; restore the file, or pin the new "
+            "one in dalle2_video/faces/probe.py"
+        )
     config = {**loaded.config, "channels": tuple(loaded.config["channels"])}
     network = AttributeProbe(ProbeConfig(**config))
     load_weights(network, loaded)

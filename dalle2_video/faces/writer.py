@@ -21,9 +21,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle2_video.config import from_config
-from dalle2_video.data.atomic import whole
+from dalle2_video.data.atomic import read_text, whole
 from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.data.preprocess.pool import WorkerPool
+from dalle2_video.errors import UserError
 from dalle2_video.faces.attributes import FaceAttributes
 from dalle2_video.faces.captions import write_captions
 from dalle2_video.faces.config import FaceFormat, FacesConfig
@@ -36,23 +37,27 @@ CRF, PRESET = 14, "ultrafast"
 FORMAT = 1  # raise when the same settings give other clips, so that old archives are not continued
 
 
+class FacesError(UserError, ValueError):
+    """A folder or a file that is not of the embedded data set, or of other settings."""
+
+
 def read_attributes(path: str | os.PathLike[str]) -> dict[str, FaceAttributes]:
     """attributes.jsonl -> attributes by clip id.
 
-    Raises ValueError that names file and line, and FileNotFoundError where the data are others.
+    Raises FacesError that names file and line, or that the data are others.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(
+        raise FacesError(
             f"{path}: no such file; only the embedded faces have one: take "
             "evaluate.metric=nearest or nll"
         )
     found = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
             found[row["clip"]] = FaceAttributes.from_dict(row)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no attributes of a clip ({error})") from error
+            raise FacesError(f"{path}, line {number}: no attributes of a clip ({error})") from error
     return found
 
 
@@ -78,11 +83,11 @@ def write_dataset(
 
     fractions, split_seed: see `plan`. The same arguments give the same attributes, captions and
     archives, whatever `workers`. Archives get their name when whole; those that stand there from a
-    stopped run are kept. Fewer than two `workers` draw in this process. Raises ValueError when the
+    stopped run are kept. Fewer than two `workers` draw in this process. Raises FacesError when the
     folder holds a data set of other settings.
     """
     if clips_per_archive < 1:
-        raise ValueError(f"clips_per_archive {clips_per_archive}: must be at least 1")
+        raise FacesError(f"clips_per_archive {clips_per_archive}: must be at least 1")
     split_seed = faces.seed if split_seed is None else split_seed
     clips = plan(faces.clips, faces.seed, fractions, split_seed)
     settings = {
@@ -106,7 +111,7 @@ def write_dataset(
         if _holds(path, text):
             continue
         if path.name == "faces.json" and path.exists():
-            raise ValueError(f"{path} is of a data set with other settings: give an empty folder")
+            raise FacesError(f"{path} is of a data set with other settings: give an empty folder")
         with whole(path) as partial:
             partial.write_text(text, encoding="utf-8")
     todo = {out / name: part for name, part in archives.items() if not (out / name).exists()}

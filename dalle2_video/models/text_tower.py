@@ -24,6 +24,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dalle2_video.errors import UserError
 from dalle2_video.models.clip_config import PretrainedTextConfig, TrainedTextConfig
 from dalle2_video.models.sdpa import attention
 
@@ -41,6 +42,10 @@ LOAD_ERRORS = (
     UnpicklingError,
     SafetensorError,
 )
+
+
+class TowerError(UserError, ValueError):
+    """A pretrained text tower that cannot be loaded, or that is of another kind."""
 
 
 class LineFeatures(NamedTuple):
@@ -176,11 +181,11 @@ def pretrained_tower(config: PretrainedTextConfig, embed_dim: int, load: bool = 
     """
     where = f"open_clip text tower {config.name}"
     if open_clip.get_model_config(config.name) is None:
-        raise ValueError(f"{where}: open_clip knows no model of this name")
+        raise TowerError(f"{where}: open_clip knows no model of this name")
     tags = open_clip.list_pretrained_tags_by_model(config.name)
     if load and config.weights not in tags and not Path(config.weights).is_file():
         known = ", ".join(tags) or "none"
-        raise FileNotFoundError(f"{config.weights}: no such file, and no tag of {where} ({known})")
+        raise TowerError(f"{config.weights}: no such file, and no tag of {where} ({known})")
     try:
         model = open_clip.create_model(
             config.name,
@@ -189,12 +194,12 @@ def pretrained_tower(config: PretrainedTextConfig, embed_dim: int, load: bool = 
             require_pretrained=load,
         )
     except LOAD_ERRORS as error:
-        raise ValueError(f"{config.weights}: no weights for {where} ({error})") from error
+        raise TowerError(f"{config.weights}: no weights for {where} ({error})") from error
     transformer = getattr(model, "text", None)
     _check(transformer, embed_dim, where)
     tower = TextTower(cast(TextTransformer, transformer), config.frozen)
     if load and config.sha256 and config.sha256 != weights_sha256(tower):
-        raise ValueError(
+        raise TowerError(
             f"{config.weights}: other weights than those this model was trained with "
             f"(text tower sha256 {weights_sha256(tower)[:16]}..., needed {config.sha256[:16]}...)"
         )
@@ -203,20 +208,20 @@ def pretrained_tower(config: PretrainedTextConfig, embed_dim: int, load: bool = 
 
 def _check(transformer: object, embed_dim: int, where: str) -> None:
     if not isinstance(transformer, TextTransformer):
-        raise ValueError(f"{where}: not open_clip's own text transformer; choose another model")
+        raise TowerError(f"{where}: not open_clip's own text transformer; choose another model")
     vocab, context = transformer.vocab_size, transformer.context_length
     if (vocab, context) != (VOCAB_SIZE, CONTEXT_LENGTH):
-        raise ValueError(
+        raise TowerError(
             f"{where}: has {vocab} tokens and context {context}; the captions' tokenizer has "
             f"{VOCAB_SIZE} and {CONTEXT_LENGTH}"
         )
     if transformer.attn_mask is None or transformer.cls_emb is not None:
-        raise ValueError(f"{where}: attends to padding; a causal tower that pools at EOT is needed")
+        raise TowerError(f"{where}: attends to padding; a causal tower that pools at EOT is needed")
     if transformer.pool_type not in ("argmax", "eos"):
-        raise ValueError(f"{where}: pools at {transformer.pool_type!r}, not at EOT")
+        raise TowerError(f"{where}: pools at {transformer.pool_type!r}, not at EOT")
     width = transformer.output_dim if transformer.text_projection is not None else transformer.width
     if width != embed_dim:
-        raise ValueError(f"{where}: its embeddings have {width} dimensions, not {embed_dim}")
+        raise TowerError(f"{where}: its embeddings have {width} dimensions, not {embed_dim}")
 
 
 def weights_sha256(tower: nn.Module) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dalle2_video.config import ConfigError
 from dalle2_video.data.atomic import read_text
 from dalle2_video.data.media.tensors import has_view, to_float, to_uint8
 from dalle2_video.data.sources.captions import pack_lines, text_to_lines, to_line
@@ -35,18 +36,18 @@ Progress = Callable[[str], None]  # takes the name of the U-Net that has made a 
 
 
 def read_texts(text: str | Sequence[str] | None, file: str | None, num_samples: int) -> list[str]:
-    """The texts to sample, each `num_samples` times. ValueError where there is none, or both."""
+    """The texts to sample, each `num_samples` times. ConfigError where there is none, or both."""
     if (text is None) == (file is None):
-        raise ValueError('give either text="..." or file=<a text file, one text per line>')
+        raise ConfigError('give either text="..." or file=<a text file, one text per line>')
     if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
     if file is None:
         texts = [text if isinstance(text, str) else "\n".join(text or [])]
     else:
         texts = [line.strip() for line in read_text(file).splitlines()]
         texts = [line for line in texts if line]
     if not any(one.strip() for one in texts):
-        raise ValueError(f"{file or 'text'}: empty, there is nothing to sample")
+        raise ConfigError(f"{file or 'text'}: empty, there is nothing to sample")
     return [one for one in texts for _ in range(num_samples)]
 
 
@@ -269,7 +270,7 @@ class Cascade:
             frames = frames * model.upscale[0] if frames else model.num_frames
             if has_view(frames, model.image_size, video.num_frames, video.image_size):
                 return unet.name
-        raise ValueError(
+        raise ConfigError(
             f"candidates: the video CLIP sees {video.num_frames} frames of {video.image_size} px, "
             "which no clip of the cascade can show it"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle2_video import keyed
+from dalle2_video.config import ConfigError
 from dalle2_video.diffusion.config import DiffusionConfig
 from dalle2_video.diffusion.guidance import (
     Denoiser,
@@ -133,7 +134,7 @@ def tiles_of(frames: int, model: UnetConfig, config: UnetSampling) -> Tiles:
         return Tiles(frames, frames, 0, model.upscale[0])
     tile = min(config.tile or model.num_frames, frames)
     if tile % model.upscale[0]:
-        raise ValueError(
+        raise ConfigError(
             f"tile {tile} is no multiple of the {model.upscale[0]} frames that are made of one"
         )
     return Tiles(frames, tile, config.overlap, model.upscale[0])

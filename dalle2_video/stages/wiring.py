@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from dalle2_video.config import ConfigError, defaults_of
-from dalle2_video.data.config import DataConfig
+from dalle2_video.data.config import DataConfig, StoreSettings
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.shard import index_paths
 from dalle2_video.data.store.store import ClipStore, open_store
@@ -18,11 +17,19 @@ from dalle2_video.model_file import read_header
 from dalle2_video.stages.config_tree import Settings
 from dalle2_video.training.accelerator import chosen_precision, process_state
 from dalle2_video.training.config import RunConfig
-from dalle2_video.training.config_guard import differences, flat, from_yaml, translated
+from dalle2_video.training.config_guard import config_of, differences, flat
 from dalle2_video.training.trackers import check_tracker
 
 # Keys of `data` that decide what its clips are.
-CLIPS = ("name", "fps", "num_frames", "size", "span", "windows", "split_seed", "splits")
+CLIPS = (
+    "data.name",
+    "data.split",  # splits and split_seed
+    *(
+        f"data.{field.name}"
+        for field in dataclasses.fields(StoreSettings)
+        if field.name != "encoding"
+    ),
+)
 
 
 def render_faces(settings: Settings) -> bool:
@@ -61,7 +68,7 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
     name = stage if of_its_own else f"unets.{stage}"
     section = getattr(settings, stage) if of_its_own else settings.unets[stage]
     precision = chosen_precision(settings.mixed_precision)
-    cfg = cast(DictConfig, OmegaConf.merge(cfg, {"mixed_precision": precision}))
+    resolved = OmegaConf.merge(cfg, {"mixed_precision": precision})
     run = RunConfig(
         dir=str(Path(settings.run_dir) / stage),
         seed=settings.seed,
@@ -76,9 +83,7 @@ def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:
         defaults=flat(defaults_of(type(section)), name) | flat(defaults_of(DataConfig), "data"),
         force=settings.force,
         timeout_minutes=settings.timeout_minutes,
-        resolved=OmegaConf.to_yaml(
-            OmegaConf.merge(cfg, {"mixed_precision": precision}), resolve=True
-        ),
+        resolved=OmegaConf.to_yaml(resolved, resolve=True),
     )
     check_tracker(run)
     process_state(run.timeout_minutes)
@@ -95,14 +100,13 @@ def need_data_of_the_run(settings: Settings) -> None:
     """ConfigError where the first U-Net of the run was trained on other data than `data` names: its
     judgement would be of something else, in silence. Where the data lie may differ.
     """
-    path = Path(settings.run_dir) / settings.cascade[0] / "config.yaml"
-    if not path.is_file():
+    folder = Path(settings.run_dir) / settings.cascade[0]
+    if not (folder / "config.yaml").is_file():
         return
-    loaded = flat(from_yaml(path.read_text(encoding="utf-8")).get("data", {}), "data")
-    there = flat(defaults_of(DataConfig), "data") | translated(loaded)
+    there = flat(defaults_of(DataConfig), "data") | config_of(folder)
     here = flat(dataclasses.asdict(settings.data), "data")
     of_clips = [
-        {k: v for k, v in d.items() if k.split(".")[1] in CLIPS and v} for d in (there, here)
+        {k: v for k, v in facts.items() if k.startswith(CLIPS) and v} for facts in (there, here)
     ]
     found = differences(*of_clips)
     if found:

@@ -8,7 +8,6 @@ instead. And its DeepSpeed plugin imports transformers, for a hook that only its
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import time
 import warnings
@@ -23,6 +22,8 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import nn
 
 from dalle2_video.config import ConfigError
+from dalle2_video.data.atomic import read_json
+from dalle2_video.errors import UserError
 from dalle2_video.training.config import Precision, RunConfig, TrainConfig
 
 # Sections of a DeepSpeed file whose place is our configuration -> what to set there.
@@ -32,6 +33,10 @@ OURS_IN_DEEPSPEED = {
     "bf16": "mixed_precision=bf16",
     "fp16": "mixed_precision=bf16",
 }
+
+
+class LaunchError(UserError, RuntimeError):
+    """The processes of a launch that do not find one another, or no longer answer."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ def make_accelerator(cfg: TrainConfig, run: RunConfig) -> tuple[Accelerator, int
 
     Under DeepSpeed the batch sizes, gradient clipping and the precision are set here: autocast over
     float32 weights, as everywhere else; for FSDP2 see `autocast_forward`. Raises ConfigError where
-    batch_size cannot be shared out, RuntimeError where the launched ranks do not find one another.
+    batch_size cannot be shared out, LaunchError where the launched ranks do not find one another.
     """
     if run.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
@@ -128,8 +133,7 @@ def _check_launch_file(sizes: dict[str, float]) -> None:
     """ConfigError where the launch, or the DeepSpeed file it names, sets other sizes than ours."""
     found = {}
     if path := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""):
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        found = read_json(path)
     where = path or "the accelerate config"
     for name, remedy in OURS_IN_DEEPSPEED.items():
         section = found.get(name)
@@ -185,7 +189,7 @@ def process_state(timeout_minutes: float = 30.0) -> PartialState:
         # a start on the CPU, left otherwise. The device stays what it is.
         state.distributed_type = DistributedType.MULTI_GPU
     if state.num_processes != launched:
-        raise RuntimeError(
+        raise LaunchError(
             f"{launched} processes were launched, but this one sees {state.num_processes}: each "
             "would train alone and write the same files; check the accelerate config"
         )

@@ -10,8 +10,10 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from dalle2_video.config import ConfigError, name_of_today
+from dalle2_video.data.atomic import read_text
 from dalle2_video.training.config import RunConfig
 
 SHOWN = 6  # differing keys in a message
@@ -47,9 +49,18 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else lines
 
 
-def from_yaml(text: str) -> dict[str, Any]:
-    """A configuration as `RunConfig.resolved` holds it."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+def from_yaml(text: str, where: str = "configuration") -> dict[str, Any]:
+    """A configuration as `RunConfig.resolved` holds it; ConfigError where the text is damaged."""
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    except YAMLError as error:
+        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The configuration that a stage's folder was begun with, in the names of today, flat."""
+    path = folder / "config.yaml"
+    return translated(flat(from_yaml(read_text(path), str(path))))
 
 
 def check_ranks(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
@@ -87,11 +98,11 @@ def check_folder(run: RunConfig) -> None:
     there, here = (
         {
             key: value
-            for key, value in translated(flat(from_yaml(text))).items()
+            for key, value in values.items()
             if key.startswith((f"{run.section}.", "data.", "faces.")) or key in WHOLE_RUN
             if key.rsplit(".", 1)[-1] not in FREE
         }
-        for text in (path.read_text(encoding="utf-8"), run.resolved)
+        for values in (config_of(Path(run.dir)), translated(flat(from_yaml(run.resolved))))
     )
     # an option that did not exist then, and is at its default now, makes no difference
     here = {k: v for k, v in here.items() if k in there or v != run.defaults.get(k)}

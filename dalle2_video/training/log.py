@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from dalle2_video.data.atomic import parse_json, read_text
 from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.training.stage import Sample
 from dalle2_video.training.trackers import Tracker
@@ -136,8 +137,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = read_text(path).splitlines(keepends=True)
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+    return [parse_json(line, f"{path}, line {number}") for number, line in numbered]
 
 
 def last_validation(path: Path, clips: int) -> dict[str, float]:

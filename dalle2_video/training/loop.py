@@ -26,7 +26,7 @@ from dalle2_video import keyed
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.store.dataset import train_loader
 from dalle2_video.provenance import provenance
-from dalle2_video.training.accelerator import make_accelerator, strategy_of
+from dalle2_video.training.accelerator import LaunchError, make_accelerator, strategy_of
 from dalle2_video.training.checkpoint_files import saved_progress
 from dalle2_video.training.checkpoints import Checkpoints
 from dalle2_video.training.config import RunConfig, TrainConfig
@@ -69,8 +69,8 @@ def train(stage: Stage, cfg: TrainConfig, run: RunConfig) -> TrainResult:
     """Train `stage` in `run.dir` until `cfg.clips` clips or `cfg.minutes` minutes; resume if begun.
 
     Every rank calls it with the same arguments. Raises ConfigError, CheckpointError (resuming into
-    another model), TrackerError, TrainingDiverged; Interrupted, after saving, where a signal asked
-    to end.
+    another model), TrackerError, LaunchError, TrainingDiverged; Interrupted, after saving, where a
+    signal asked to end.
     """
     check_tracker(run)
     accelerator, micro = make_accelerator(cfg, run)
@@ -78,7 +78,7 @@ def train(stage: Stage, cfg: TrainConfig, run: RunConfig) -> TrainResult:
         return _Trainer(stage, cfg, run, accelerator, micro).run_to_end()
     except RuntimeError as error:
         if re.search("timed? ?out", str(error), re.IGNORECASE):
-            raise RuntimeError(
+            raise LaunchError(
                 f"a rank did not answer within timeout_minutes={run.timeout_minutes:g} "
                 f"(this is rank {accelerator.process_index}): {error}"
             ) from error

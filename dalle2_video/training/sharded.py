@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dalle2_video.config import ConfigError
+
 
 class ShardedParams(ABC):
     """This rank's parts of a prepared model's parameters, by the names of the bare model."""
@@ -256,5 +258,5 @@ def sharded_params(accelerator: Accelerator, model: nn.Module) -> ShardedParams:
     if accelerator.is_fsdp2:
         return FSDPParams(module)
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("FSDP version 1 is not supported; set fsdp_version: 2 in its config")
+        raise ConfigError("FSDP version 1 is not supported; set fsdp_version: 2 in its config")
     return WholeParams(module)

@@ -242,7 +242,7 @@ def test_settings_that_contradict_each_other_are_errors(tmp_path: Path) -> None:
         StoreSettings(8.0, 2, 8, span="full", windows="all")
     with pytest.raises(ValueError, match="Input should be 'raw' or 'h264'"):
         replace(config(tmp_path), encoding="png")
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="Input should be greater than 0"):
         StoreSettings(0.0, 2, 8)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dalle2_video.errors import UserError
 from dalle2_video.evaluation.summary import last_validation, print_table, summary_of, table
 
 UNETS = ("base", "tsr", "ssr")
@@ -47,7 +48,7 @@ def metrics() -> dict:
 
 def test_last_validation_is_the_newest_with_its_clips() -> None:
     assert last_validation(lines_of("base")) == {"clips": 1234, "loss": 0.0123}
-    with pytest.raises(ValueError, match="no validation"):
+    with pytest.raises(UserError, match="no validation"):
         last_validation([{"clips": 8, "loss": 1.0}])
 
 

@@ -62,7 +62,7 @@ def test_probe_file_is_small_pinned_and_frozen(tmp_path):
     assert not any(p.requires_grad for p in probe.network.parameters())
     changed = tmp_path / "probe.safetensors"
     changed.write_bytes(PROBE_PATH.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(ValueError, match=f"{changed.name}: SHA-256"):
+    with pytest.raises(CheckpointError, match=f"{changed.name}: SHA-256"):
         load_probe(changed)
     with pytest.raises(CheckpointError, match="no such file"):
         load_probe(tmp_path / "none.safetensors")

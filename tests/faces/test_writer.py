@@ -13,7 +13,7 @@ from dalle2_video.faces.captions import write_captions
 from dalle2_video.faces.config import FacesConfig
 from dalle2_video.faces.plan import FaceClip, plan
 from dalle2_video.faces.render import render
-from dalle2_video.faces.writer import main, read_attributes, write_dataset
+from dalle2_video.faces.writer import FacesError, main, read_attributes, write_dataset
 
 # faces.json and attributes.jsonl of 5 clips as commit 96d8016 wrote them, with the split `combo`.
 OLD = Path(__file__).with_name("written_before_heldout")
@@ -125,7 +125,7 @@ def test_bad_sizes_and_damaged_attributes(tmp_path):
     broken.write_text('{"clip": "x"}\n')
     with pytest.raises(ValueError, match=r"attributes\.jsonl, line 1"):
         read_attributes(broken)
-    with pytest.raises(FileNotFoundError, match="only the embedded faces"):
+    with pytest.raises(FacesError, match="only the embedded faces"):
         read_attributes(tmp_path / "none.jsonl")
 
 

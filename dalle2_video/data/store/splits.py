@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from dalle2_video.config import ConfigError
+
 
 def split_of(youtube_id: str, seed: int, fractions: Mapping[str, float]) -> str:
     """The split of everything that comes from one video: a pure function of (id, seed).
@@ -15,7 +17,7 @@ def split_of(youtube_id: str, seed: int, fractions: Mapping[str, float]) -> str:
     """
     total = sum(fractions.values())
     if not fractions or min(fractions.values()) < 0 or abs(total - 1) > 1e-6:
-        raise ValueError(f"split fractions must be at least 0 and sum to 1: {dict(fractions)}")
+        raise ConfigError(f"split fractions must be at least 0 and sum to 1: {dict(fractions)}")
     digest = hashlib.blake2b(f"{seed}/{youtube_id}".encode(), digest_size=8).digest()
     point = int.from_bytes(digest, "big") / 2**64
     edge = 0.0
