@@ -10,6 +10,7 @@ is sampled. `cascade` names the U-Nets; several processes share the texts out.
 """
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def main(cfg: DictConfig) -> None:
         made = cascade.sample_all([texts[i] for i in mine], config, mine, progress)
 
     name = re.sub(r"[^a-z0-9]+", "_", texts[0].lower())[:60].strip("_")
-    out = Path(settings.out or Path(settings.run_dir) / "samples" / f"{name}_{config.seed}")
+    asked = repr((texts, settings.cascade, config, settings.format)).encode()
+    name = f"{name}_{config.seed}_{hashlib.blake2b(asked, digest_size=3).hexdigest()}"
+    out = Path(settings.out or Path(settings.run_dir) / "samples" / name)
     *earlier, last = cascade.unets
     for unet in [*earlier, last] if settings.save_intermediates else [last]:
         folder = out if unet is last else out / unet.name

@@ -51,7 +51,7 @@ FOUR = ["unets.tsr.model.num_lowres_frames=4", "unets.tsr.crop_frames=null"]  # 
 
 
 def train(what: str, run_dir: Path, minutes: float, overrides: list[str]) -> Path:
-    """A run with the same CLIP and prior, and this U-Net trained for so many minutes."""
+    """A run with the same CLIP and prior, and this U-Net, trained for `minutes`."""
     folder = run_dir.with_name(f"{run_dir.name}_{what}4")
     for stage in ("clip", "prior"):
         if not (folder / stage).exists():

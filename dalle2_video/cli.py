@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -34,8 +34,8 @@ TRAINING = tuple(
     "train_name run_dir seed validation mixed_precision force timeout_minutes tracker use_wandb "
     "wandb_project wandb_entity wandb_tags wandb_mode faces data".split()
 )
+SEVERAL = {"-m", "--multirun"}  # jobs of one command
 NOT_IN_A_NAME = ("train_name", "run_dir", "unet")  # they lead to folders of their own
-STAGES = ("clip", "prior", "base", "tsr", "ssr")
 # What users may have typed before, as a pattern of the whole argument -> what to type now.
 OLD_NAMES = {
     r"\+?size=(.*)": r"experiment=\1",
@@ -65,12 +65,12 @@ def script(*reads: str) -> Callable[[Callable[[DictConfig], None]], Callable[...
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[..., None]:
         def job(cfg: DictConfig) -> None:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                cfg.run_dir = sweep_folder(cfg.run_dir, HydraConfig.get().job.override_dirname)
-                print(f"-- job {HydraConfig.get().job.num}: {cfg.run_dir}", flush=True)
             with one_line_errors():
                 settings_of(cfg)  # a wrong value answers before `main` imports what it runs
                 check_pair()
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    cfg.run_dir = sweep_folder(cfg.run_dir, HydraConfig.get().job.override_dirname)
+                    print(f"-- job {HydraConfig.get().job.num}: {cfg.run_dir}", flush=True)
                 _recorded(main)(cfg)
 
         @functools.wraps(main)
@@ -146,7 +146,7 @@ def name_jobs(arguments: Sequence[str]) -> list[str]:
     """The arguments; of several jobs (`-m`) with a word to Hydra that a job's name is made of what
     differs between jobs alone.
     """
-    if not {"-m", "--multirun"} & set(arguments):
+    if not SEVERAL & set(arguments):
         return list(arguments)
     typed = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     parsed = OverridesParser.create().parse_overrides(typed)
@@ -156,17 +156,20 @@ def name_jobs(arguments: Sequence[str]) -> list[str]:
 
 
 def sweep_folder(run_dir: str, overrides: str) -> str:
-    """The folder of one job of several (`-m`): <run_dir>/<its overrides>.
+    """The folder of one job of several (`-m`): <run_dir>/<its overrides>, or the run's own where
+    its name or its stage is all that differs.
 
     The stages that the run itself has trained already are linked into it, so that a sweep over a
     decoder finds the CLIP, and sampling all that it needs.
     """
     parent = Path(run_dir)
-    folder = parent / (overrides.replace("/", "_") or "job")
+    folder = parent / overrides.replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if (parent / stage).is_dir() and not (folder / stage).exists():
-            (folder / stage).symlink_to(os.path.relpath(parent / stage, folder))
+    for model in parent.glob("*/model.safetensors"):
+        link = folder / model.parent.name
+        if folder != parent and not link.exists():
+            with suppress(FileExistsError):  # another rank was first
+                link.symlink_to(os.path.relpath(model.parent, folder))
     return str(folder)
 
 
@@ -187,12 +190,14 @@ def quote_texts(arguments: Sequence[str]) -> list[str]:
     value each.
 
     Hydra would take a bare comma for a sweep, and refuse an apostrophe or '='. A list of lines
-    ([...]) and a value that is quoted already stay as they are.
+    ([...]) and a value that is quoted already stay as they are. With `-m` a comma between names
+    (not in the text, and not in a path) separates jobs.
     """
-    return [_quoted(argument) for argument in arguments]
+    several = bool(SEVERAL & set(arguments))
+    return [_quoted(argument, several) for argument in arguments]
 
 
-def _quoted(argument: str) -> str:
+def _quoted(argument: str, several: bool) -> str:
     key, equals, value = argument.partition("=")
     is_path, is_text = key in typed_as(Settings, FilePath), key in typed_as(Settings, Verbatim)
     raw = re.fullmatch(r"""\[.*\]|"([^"\\]|\\.)*"|'([^'\\]|\\.)*'|null""", value, re.DOTALL)
@@ -200,8 +205,12 @@ def _quoted(argument: str) -> str:
         return argument
     if is_path and value.startswith("~/"):
         value = os.path.expanduser(value)
-    # inside quotes only a quote, backslashes before one, and an interpolation have a meaning
-    value = re.sub(r"(\\*)(\"|$)", lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)
     if key == "text":
         value = value.replace("${", chr(92) + "${")
-    return f'{key}="{value}"'
+    separate = several and is_text and key != "text"
+    # inside quotes only a quote, and backslashes before one, have a meaning
+    parts = (
+        re.sub(r"(\\*)(\"|$)", lambda m: 2 * m[1] + ('\\"' if m[2] else ""), part)
+        for part in (value.split(",") if separate else [value])
+    )
+    return f"{key}=" + ",".join(f'"{part}"' for part in parts)

@@ -178,7 +178,7 @@ def fetch(package: Package, cache: Path) -> Path:
     """The archive's path in `cache`: downloaded unless it lies there, its sha256 checked."""
     target = cache / package.archive
     if target.exists():
-        check_sha(target.read_bytes(), package.sha256, f"{target} (delete it to download it anew)")
+        check_sha(target.read_bytes(), package.sha256, f"{target} (delete it to download it again)")
         return target
     command = DOWNLOADS[package.client](package)
     cache.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def cut(data: bytes, piece: Piece, where: str) -> tuple[bytes, int]:
             crop.push(frame)
             square = crop.pull()
             square.pts, square.time_base = frame.pts - first, time_base
-            square.pict_type = 0  # the encoder chooses its key frames anew
+            square.pict_type = 0  # the encoder chooses its own key frames
             sink.mux(out.encode(square))
             frames += 1
         sink.mux(out.encode())

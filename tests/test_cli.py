@@ -95,7 +95,11 @@ def test_a_job_of_a_sweep_has_a_folder_of_its_own_and_finds_what_the_run_has(tmp
     assert folder == tmp_path / "unets.base.train.lr=1e-3,data.name=a_b"
     assert (folder / "clip" / "model.safetensors").read_text() == "x"
     assert not (folder / "prior").exists()
+    (tmp_path / "zoom").mkdir()  # trained since, under a name of one's own
+    (tmp_path / "zoom" / "model.safetensors").write_text("x")
     assert sweep_folder(str(tmp_path), "unets.base.train.lr=1e-3,data.name=a/b") == str(folder)
+    assert (folder / "zoom").is_symlink()
+    assert sweep_folder(str(tmp_path), "") == str(tmp_path) and not (tmp_path / "clip").is_symlink()
 
 
 def test_several_jobs_of_one_command_each_run_in_their_folder(tmp_path) -> None:
@@ -108,6 +112,26 @@ def test_several_jobs_of_one_command_each_run_in_their_folder(tmp_path) -> None:
     folders = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
     names = ["clip.train.lr=0.001 0.001", "clip.train.lr=0.002 0.002"]
     assert folders == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_names_with_a_comma_are_several_jobs(tmp_path) -> None:
+    command = [sys.executable, "-c", SWEEP, "-m", "train_name=20240501,b's", "clip.train.lr=1e-3"]
+    command += [f"run_dir={tmp_path}/" + "${train_name}"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    jobs = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
+    assert jobs == [f"{tmp_path}/20240501 0.001", f"{tmp_path}/b's 0.001"], done.stderr
+
+
+def test_a_job_with_a_wrong_value_leaves_no_folder(tmp_path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_text("x")
+    command = [sys.executable, "-c", SWEEP, "-m", f"run_dir={tmp_path}", "clip.train.lr=1e-3,-1"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and "clip.train.lr: must be above 0" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
+        "base",
+        "clip.train.lr=0.001",
+    ]
 
 
 def test_a_comma_in_a_text_or_a_path_begins_no_other_job(tmp_path) -> None:

@@ -103,10 +103,12 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_resolves(words, monkeypatch) -> None:
+    refused = None
     try:
         resolve(words, monkeypatch)
     except (Exception, SystemExit) as error:
-        pytest.fail(f"{', '.join(COMMANDS[words])}: {' '.join(words)}\n{error!r}", pytrace=False)
+        refused = error
+    assert refused is None, f"{', '.join(COMMANDS[words])}: {' '.join(words)}\n{refused!r}"
 
 
 def resolve(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +214,10 @@ def compose_and_check(overrides: tuple[str, ...]) -> None:
 def test_lines_are_short(page) -> None:
     long = [one.place for one in lines_of(page) if len(one.text) > WIDTH and not one.is_table]
     assert not long, f"above {WIDTH} columns: {', '.join(long)}"
+
+
+def test_the_readme_is_read_in_ten_minutes() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 160
 
 
 def test_no_reference_to_a_page_that_is_not_here() -> None:

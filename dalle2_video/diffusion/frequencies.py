@@ -15,7 +15,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=64)
 def cosines(number: int, device: torch.device) -> Tensor:
-    """The DCT-II of so many values as an orthogonal matrix (N, N) float32, a row per frequency."""
+    """The DCT-II of N = `number` values: an orthogonal float32 matrix (N, N), a row a frequency."""
     k = torch.arange(number, dtype=torch.float64)[:, None]
     place = torch.arange(number, dtype=torch.float64) + 0.5
     matrix = torch.cos(math.pi / number * k * place) * math.sqrt(2 / number)

@@ -16,7 +16,7 @@ from dalle2_video.config import ConfigError
 
 
 def tile_starts(frames: int, tile: int, overlap: int, step: int = 1) -> list[int]:
-    """First frame of each tile of a clip of so many frames.
+    """First frame of each tile of a clip of `frames` frames.
 
     Neighbours share at least `overlap` frames, and the last tile ends with the clip. frames, tile
     and all starts are multiples of `step`. ValueError where `overlap` leaves no step to go on.

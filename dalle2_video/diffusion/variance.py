@@ -67,7 +67,7 @@ def on_grid(t: Tensor, steps: int) -> Tensor:
 
 
 def reverse_step(schedule: Schedule, t: Tensor, steps: int) -> ReverseStep:
-    """What a process of so many steps (two or more) does at times t (B,)."""
+    """The reverse step at times t (B,) of a process of `steps` steps, two or more."""
     width = 1 / steps
     last = t < 1.5 * width
     now = schedule.log_snr(t)
@@ -86,7 +86,7 @@ def fraction_of(raw: Tensor) -> Tensor:
 
 
 def split_output(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """A network's output for clips of so many channels (B, C or 2 C, ...): its prediction (B, C,
+    """A network's output (B, C or 2 C, ...) for clips of C = `channels`: its prediction (B, C,
     ...), and the raw fraction (B, C, ...) if it has learned one.
     """
     if out.shape[1] == channels:

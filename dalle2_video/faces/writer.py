@@ -10,6 +10,7 @@ Folders that were written when the split `heldout` was called `combo` are read a
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle2_video.config import from_config
-from dalle2_video.data.atomic import read_text, whole
+from dalle2_video.data.atomic import read_json, read_text, whole
 from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.data.preprocess.pool import WorkerPool
 from dalle2_video.errors import UserError
@@ -59,6 +60,24 @@ def read_attributes(path: str | os.PathLike[str]) -> dict[str, FaceAttributes]:
         except (ValueError, KeyError, TypeError) as error:
             raise FacesError(f"{path}, line {number}: no attributes of a clip ({error})") from error
     return found
+
+
+def check_faces(faces: FacesConfig) -> None:
+    """FacesError where the folder holds a data set with other settings than these."""
+    path = Path(faces.root) / "faces.json"
+    if not path.exists():
+        return
+    written = read_json(path) | {"root": faces.root}
+    written["clips"] = written.pop("num_clips")
+    found = [
+        f"{key}: {written[key]} there, {value} here"
+        for key, value in dataclasses.asdict(faces).items()
+        if written[key] != value
+    ]
+    if found:
+        raise FacesError(
+            f"{path}: other settings ({'; '.join(found)}); take those, or an empty faces.root"
+        )
 
 
 def draw_clip(clip: FaceClip, form: FaceFormat) -> tuple[bytes, dict[str, str]]:
@@ -101,6 +120,7 @@ def write_dataset(
     }
     rows = [clip.to_row(name) for name, part in archives.items() for clip in part]
 
+    check_faces(faces)
     out = Path(faces.root)
     out.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -111,7 +131,7 @@ def write_dataset(
         if _holds(path, text):
             continue
         if path.name == "faces.json" and path.exists():
-            raise FacesError(f"{path} is of a data set with other settings: give an empty folder")
+            raise FacesError(f"{path}: other settings (splits or archives); take an empty folder")
         with whole(path) as partial:
             partial.write_text(text, encoding="utf-8")
     todo = {out / name: part for name, part in archives.items() if not (out / name).exists()}

@@ -15,8 +15,8 @@ from dalle2_video.models.layers import LogSNREmbedding, zero_init
 
 
 def smooth_basis(number: int, length: int, whole: int, device: torch.device) -> Tensor:
-    """Functions (number, length) of the frequencies of so many values, out of `whole`: cosines over
-    the logarithm of the frequency.
+    """Functions (number, length) of `length` frequencies, out of `whole`: cosines over the
+    logarithm of the frequency.
     """
     frequency = torch.arange(length, device=device) * (whole / length)
     place = torch.log1p(frequency) / math.log(max(whole, 2))

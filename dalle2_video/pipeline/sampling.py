@@ -129,7 +129,7 @@ def sample_clips(
 
 
 def tiles_of(frames: int, model: UnetConfig, config: UnetSampling) -> Tiles:
-    """The tiles that clips of so many frames are sampled in; ValueError where they do not fit."""
+    """The tiles that clips of `frames` frames are sampled in; ConfigError where they do not fit."""
     if not isinstance(config, SuperResolutionSampling) or not model.is_local_in_time:
         return Tiles(frames, frames, 0, model.upscale[0])
     tile = min(config.tile or model.num_frames, frames)

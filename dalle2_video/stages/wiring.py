@@ -8,11 +8,12 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dalle2_video.config import ConfigError, defaults_of
-from dalle2_video.data.config import DataConfig, StoreSettings
+from dalle2_video.data.config import DataConfig
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.shard import index_paths
 from dalle2_video.data.store.store import ClipStore, open_store
-from dalle2_video.faces.writer import write_dataset
+from dalle2_video.faces.config import FacesConfig
+from dalle2_video.faces.writer import check_faces, write_dataset
 from dalle2_video.model_file import read_header
 from dalle2_video.stages.config_tree import Settings
 from dalle2_video.training.accelerator import chosen_precision, process_state
@@ -21,15 +22,7 @@ from dalle2_video.training.config_guard import config_of, differences, flat
 from dalle2_video.training.trackers import check_tracker
 
 # Keys of `data` that decide what its clips are.
-CLIPS = (
-    "data.name",
-    "data.split",  # splits and split_seed
-    *(
-        f"data.{field.name}"
-        for field in dataclasses.fields(StoreSettings)
-        if field.name != "encoding"
-    ),
-)
+CLIPS = tuple(f"data.{key}" for key in "name fps num_frames size span windows split".split())
 
 
 def render_faces(settings: Settings) -> bool:
@@ -37,16 +30,23 @@ def render_faces(settings: Settings) -> bool:
 
     Returns whether it is: any other folder holds the user's clips, and nothing is rendered there.
     """
-    faces, data = settings.faces, settings.data
-    if faces is None or Path(data.root).resolve() != Path(faces.root).resolve():
+    if (faces := faces_of(settings)) is None:
         return False
+    data = settings.data
     write_dataset(faces, data.splits, data.split_seed, data.workers)
     return True
 
 
+def faces_of(settings: Settings) -> FacesConfig | None:
+    """The section `faces` where `data.root` is its own folder."""
+    faces = settings.faces
+    same = faces is not None and Path(settings.data.root).resolve() == Path(faces.root).resolve()
+    return faces if same else None
+
+
 def store_of(settings: Settings) -> ClipStore:
     """The preprocessed clips that the section `data` names; the embedded faces are made when they
-    are not there. StoreError where there are none.
+    are not there. StoreError where there are none, FacesError where they have other settings.
     """
     if settings.faces is not None:
         state = process_state()
@@ -55,6 +55,8 @@ def store_of(settings: Settings) -> ClipStore:
                 print(f"{settings.data.store}: no clips yet", flush=True)
                 if render_faces(settings):
                     print(preprocess(settings.data), flush=True)
+    if (faces := faces_of(settings)) is not None:
+        check_faces(faces)
     return open_store(settings.data)
 
 

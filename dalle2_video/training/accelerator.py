@@ -1,7 +1,7 @@
 """The accelerator of the launched environment: ranks, precision, gradient accumulation.
 
 Two things Accelerate (1.15) does not do by itself are done here. On a machine without CUDA it
-would run the ranks of a DeepSpeed, FSDP2 or DDP launch as so many single processes; they get gloo
+would run the ranks of a DeepSpeed, FSDP2 or DDP launch as single processes; they get gloo
 instead. And its DeepSpeed plugin imports transformers, for a hook that only its models use.
 """
 

@@ -18,13 +18,16 @@ from dalle2_video.training.config import RunConfig
 
 SHOWN = 6  # differing keys in a message
 WHOLE_RUN = ("seed", "mixed_precision", "faces")  # of every stage; faces: null where there are none
-# What a run may change when it goes on: how long, what it reports, where things are.
-FREE = {
-    "clips", "minutes", "micro_batch_size", "log_every_clips", "val_every_clips",
-    "save_every_clips", "keep_checkpoints", "keep_every_clips", "workers",
-    "root", "out", "encoding", "seconds_per_clip", "overwrite",
-    "activation_checkpointing", "compile",
-}  # fmt: skip
+# What a run may change when it goes on: how long, what it reports, where things are. The ends of
+# dotted keys.
+FREE = tuple(
+    f".{end}"
+    for end in (
+        *("train.clips", "train.minutes", "micro_batch_size", "log_every_clips", "val_every_clips"),
+        *("save_every_clips", "keep_checkpoints", "keep_every_clips", "workers", "root", "out"),
+        *("encoding", "seconds_per_clip", "overwrite", "activation_checkpointing", "compile"),
+    )
+)
 
 
 def translated(values: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def check_folder(run: RunConfig) -> None:
             key: value
             for key, value in values.items()
             if key.startswith((f"{run.section}.", "data.", "faces.")) or key in WHOLE_RUN
-            if key.rsplit(".", 1)[-1] not in FREE
+            if not key.endswith(FREE)
         }
         for values in (config_of(Path(run.dir)), translated(flat(from_yaml(run.resolved))))
     )

@@ -125,7 +125,7 @@ def test_a_damaged_window_is_an_error(face: np.ndarray) -> None:
 
 
 def archive(root: Path, **lengths: int) -> None:
-    """Clips of so many frames at 10 fps."""
+    """Clips of the given numbers of frames at 10 fps."""
     write_zip(root / "a.zip", {clip_id(int(k[1:])): long(n) for k, n in lengths.items()})
 
 

@@ -17,7 +17,7 @@ from tests.helpers.networks import awake
 
 @torch.no_grad()
 def test_a_residual_is_diffused_around_the_smaller_clip() -> None:
-    """A network that answers nothing gives the blended clip; its answers count so many times."""
+    """Without an answer it is the blended clip; an answer is multiplied by `residual`."""
     model = dataclasses.replace(SSR, residual=0.25)
     lowres, how = lowres_clip(model), SuperResolutionSampling(steps=3, augmentation=2.0)
     given = GivenLowRes(lowres, model, how, 0, torch.arange(2), "sample/low")

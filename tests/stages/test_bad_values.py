@@ -46,7 +46,7 @@ def check(settings: Settings) -> None:
         settings.sample.of(name, section.model).scale(torch.linspace(-10, 10, 5))
 
 
-whole = functools.cache(compose)  # composing it anew takes longer than checking it
+whole = functools.cache(compose)  # composing it again takes longer than checking it
 
 
 def outcome(key: str, value: str) -> str | None:

@@ -9,6 +9,7 @@ from dalle2_video.cli import compose, quote_texts, sweep_folder
 from dalle2_video.config import ConfigError
 from dalle2_video.data.sources.member import ArchiveError
 from dalle2_video.data.store.shard import StoreError
+from dalle2_video.faces.writer import FacesError
 from dalle2_video.stages.config_tree import settings_of
 from dalle2_video.stages.wiring import run_config, store_of
 from dalle2_video.training.trackers import TrackerError
@@ -30,6 +31,8 @@ def test_the_embedded_faces_are_made_where_they_are_missing(tmp_path, capsys) ->
     assert len(store) == 8 and "no clips yet" in capsys.readouterr().out
     assert len(store_of(settings_of(compose(*small)))) == 8
     assert "no clips yet" not in capsys.readouterr().out  # once
+    with pytest.raises(FacesError, match=r"faces\.json: other settings \(clips: 8 there, 9 here\)"):
+        store_of(settings_of(compose(*small, "faces.clips=9")))
     mistyped = tmp_path / "mistyped"
     with pytest.raises(StoreError, match="run preprocess"):  # nothing is rendered elsewhere
         store_of(settings_of(compose(*small, f"data.root={mistyped}")))
@@ -44,6 +47,7 @@ def test_the_embedded_faces_are_made_where_they_are_missing(tmp_path, capsys) ->
 def test_a_job_of_a_sweep_never_trains_in_the_runs_own_stage(tmp_path, stage, kept) -> None:
     for name in ("clip", "prior", "base"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
     folder = Path(sweep_folder(str(tmp_path), "lr=1"))
     cfg = compose(*quote_texts([f"run_dir={folder}"]))
     run_config(settings_of(cfg), cfg, stage)

@@ -40,7 +40,18 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path, capsys) -> None:
     assert (tmp_path / "config.yaml").read_text() == wrong.resolved
 
 
-def test_a_folder_without_a_checkpoint_may_begin_anew(tmp_path) -> None:
+def test_how_long_is_free_and_how_many_faces_is_not(tmp_path) -> None:
+    text = resolved() + "faces: {clips: 8, root: a}\n"
+    run = RunConfig(str(tmp_path), section="tiny", resolved=text)
+    train(tiny_stage(), tiny_config(clips=16), run)
+    moved = replace(run, resolved=text.replace("root: a", "root: b"))
+    train(tiny_stage(), tiny_config(clips=16), moved)
+    more = replace(run, resolved=text.replace("clips: 8", "clips: 9"))
+    with pytest.raises(ConfigError, match=r"faces\.clips: 8 there, 9 here"):
+        train(tiny_stage(), tiny_config(clips=16), more)
+
+
+def test_a_folder_without_a_checkpoint_may_begin_again(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text(resolved(lr=5))
     run = RunConfig(str(tmp_path), section="tiny", resolved=resolved())
     assert train(tiny_stage(), tiny_config(clips=8), run).progress.clips == 8

@@ -183,7 +183,7 @@ class WorkerPool:
         if self._lost > LOST_IN_A_ROW * self.workers:
             raise WorkerLost(
                 f"{self._lost} workers ended one after the other (the last by {_name_of(code)}): "
-                "is there enough memory for so many workers?"
+                f"the memory may be too small for {self.workers} workers"
             )
 
 
