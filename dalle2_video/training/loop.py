@@ -176,8 +176,8 @@ class _Trainer:
                 raise
         self._mark(None)
         peaks = gather_object([peak_bytes(self.accelerator.device)])
-        self.log.note(f"memory  {'measured peak':20}{max(peaks) / 1e9:10.3f} GB, of any process")
         self.log.note(f"done: {self.folder / 'model.safetensors'}")
+        self.log.note(f"memory  {'measured peak':20}{max(peaks) / 1e9:10.3f} GB, of any process")
         self.log.close()
         return TrainResult(self.progress, self.metrics, self.folder / "model.safetensors")
 
