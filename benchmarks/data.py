@@ -48,8 +48,8 @@ from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import CATEGORIES, CaptionPolicy, DataConfig, StoreSettings
 from dalle2_video.data.preprocess.pool import WorkerPool
 from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.data.sources.archives import find_sources
 from dalle2_video.data.sources.captions import TrainingCaptions, to_line
+from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.member import Member
 from dalle2_video.data.store.dataset import CelebVTextDataset, ClipOrder
 from dalle2_video.data.store.shard import FORMAT, ShardWriter, shard_paths

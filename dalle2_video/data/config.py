@@ -20,6 +20,8 @@ CATEGORIES = (
     "light_intensity",
 )
 
+Layout = Literal["celebvtext", "folder", "table", "webdataset"]
+
 
 @config_class
 class StoreSettings:
@@ -61,6 +63,17 @@ class DataConfig(StoreSettings):
     """A label."""
     root: FilePath = "data/CelebV-Text"
     """The folder of the archives; it is only read where `out` is another one."""
+    layout: Layout | None = None
+    """How clips and texts lie in `root`: celebvtext; folder, a text of the same name beside each
+    video; table, a metadata.csv, .tsv or .jsonl; webdataset, tars of such pairs. null: found."""
+    file_column: Verbatim | None = None
+    """The column of a table that names the files; null: file_name, file, path, video or the
+    like."""
+    caption_columns: list[Verbatim] | None = None
+    """Columns of a table, or keys of JSON texts, that hold captions, a category each; null: all
+    with words."""
+    group_column: Verbatim | None = None
+    """The column of a table whose clips stay in one split; null: group, where there is one."""
     out: FilePath | None = None
     """The folder of the store; null: `root`."""
     fps: Annotated[float, Field(gt=0, le=240)] = 8.0

@@ -7,16 +7,19 @@ import os
 import stat
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dalle2_video.data.config import CATEGORIES
-from dalle2_video.data.sources.archives import Catalogue, find_sources
+from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.member import ArchiveError
+from dalle2_video.data.sources.source import Catalogue
 from tests.helpers.media import captions, clip_id, write_zip
 
 A, B, C = clip_id(1), clip_id(2), clip_id(3)
+find = partial(find_sources, layout="celebvtext")
 
 
 def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
@@ -78,7 +81,7 @@ def test_every_form(tmp_path: Path, form: str) -> None:
     else:
         compression = {"tar": "", "tar.gz": ":gz", "tgz": ":gz", "tar.xz": ":xz"}[form]
         write_tar(tmp_path / f"sp_0001.{form}", members, f"w{compression}")
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     check_whole(catalogue, [A, B])
     expected = "videos__celebvtext_6" if form == "folder" else "sp_0001"
     assert catalogue.sources[0].name == expected
@@ -98,7 +101,7 @@ def test_every_form(tmp_path: Path, form: str) -> None:
 )
 def test_every_spelling_of_the_roots(tmp_path: Path, videos: str, texts: str) -> None:
     write_tar(tmp_path / "x.tar", layout([A], videos, texts))
-    check_whole(find_sources(tmp_path), [A])
+    check_whole(find(tmp_path), [A])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_every_spelling_of_the_categories(tmp_path: Path, folder: str) -> None:
     members = {f"videos/{A}.mp4": b"v", f"texts/{folder}/{A}.txt": b"hair"}
     members[f"texts/Light_Color_Temp/{A}.txt"] = b"warm"
     write_tar(tmp_path / "x.tar", members)
-    (source,) = find_sources(tmp_path).sources
+    (source,) = find(tmp_path).sources
     assert {c: m.read() for c, m in source.texts[A].items()} == {
         "face40_details": b"hair",
         "light_color_temp": b"warm",
@@ -126,7 +129,7 @@ def test_texts_beside_the_videos(tmp_path: Path) -> None:
     folder = tmp_path / "descripitions" / "light_dir"
     folder.mkdir(parents=True)
     (folder / f"{A}.txt").write_bytes(b"from the folder")
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     assert [source.name for source in catalogue.sources] == ["zips__sp_0001", "zips__sp_0002"]
     one, two = catalogue.sources
     assert one.texts[A]["emotion"].read() == b"from the tar"
@@ -137,35 +140,35 @@ def test_texts_beside_the_videos(tmp_path: Path) -> None:
 
 def test_one_archive_as_root_and_a_folder_of_clips_as_root(tmp_path: Path) -> None:
     write_zip(tmp_path / "in" / "sp.zip", {A: f"video of {A}".encode()})
-    check_whole(find_sources(tmp_path / "in" / "sp.zip"), [A])
+    check_whole(find(tmp_path / "in" / "sp.zip"), [A])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / f"{B}.mp4").write_bytes(b"b")
-    (source,) = find_sources(tmp_path / "mine").sources
+    (source,) = find(tmp_path / "mine").sources
     assert source.name == "mine" and source.videos[B].read() == b"b" and source.texts[B] == {}
 
 
 def test_a_large_folder_becomes_many_shards_that_stay(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dalle2_video.data.sources.archives.FOLDER_SHARD", 50)
+    monkeypatch.setattr("dalle2_video.data.sources.source.FOLDER_SHARD", 50)
     folder = tmp_path / "videos"
     folder.mkdir()
     for person in range(60):
         if person == 50:
-            assert [s.name for s in find_sources(tmp_path).sources] == ["videos"]
+            assert [s.name for s in find(tmp_path).sources] == ["videos"]
         (folder / f"{clip_id(person)}.mp4").write_bytes(b"v")
-    before = {c: s.name for s in find_sources(tmp_path).sources for c in s.videos}
+    before = {c: s.name for s in find(tmp_path).sources for c in s.videos}
     assert len(before) == 60 and len(set(before.values())) > 20
     for person in range(60, 90):
         (folder / f"{clip_id(person)}.mp4").write_bytes(b"v")
-    after = {c: s.name for s in find_sources(tmp_path).sources for c in s.videos}
+    after = {c: s.name for s in find(tmp_path).sources for c in s.videos}
     assert len(after) == 90 and {clip: after[clip] for clip in before} == before
     # Stores of users have these names: a change here would make their shards again.
     assert [after[clip_id(person)][-2:] for person in range(5)] == ["20", "15", "52", "52", "23"]
 
 
 def test_a_large_archive_is_one_shard(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("dalle2_video.data.sources.archives.FOLDER_SHARD", 2)
+    monkeypatch.setattr("dalle2_video.data.sources.source.FOLDER_SHARD", 2)
     write_zip(tmp_path / "sp.zip", {clip: b"v" for clip in (A, B, C)})
-    assert [source.name for source in find_sources(tmp_path).sources] == ["sp"]
+    assert [source.name for source in find(tmp_path).sources] == ["sp"]
 
 
 def test_a_linked_folder_is_followed_and_a_loop_ends(tmp_path: Path) -> None:
@@ -175,7 +178,7 @@ def test_a_linked_folder_is_followed_and_a_loop_ends(tmp_path: Path) -> None:
     root.mkdir()
     (root / "videos").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "loop").symlink_to(root)
-    (source,) = find_sources(root).sources
+    (source,) = find(root).sources
     assert list(source.videos) == [A]
 
 
@@ -183,7 +186,7 @@ def test_clip_names_have_one_or_two_numbers(tmp_path: Path) -> None:
     good = ["_-a_b-c_d_e_0", "M2Ohb0FAaJU_12_3"]
     bad = ["M2Ohb0FAaJU", "M2Ohb0FAaJU_1_2_3", "M2Ohb0FAaJ_1", "M2Ohb0FAaJU_x"]
     write_zip(tmp_path / "x.zip", {name: b"v" for name in good + bad}, {})
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     assert sorted(catalogue.sources[0].videos) == sorted(good)
     assert sorted(Path(name).stem for name in causes(catalogue)) == sorted(bad)
 
@@ -191,7 +194,7 @@ def test_clip_names_have_one_or_two_numbers(tmp_path: Path) -> None:
 def test_a_zip_under_the_name_of_a_tar_is_read(tmp_path: Path) -> None:
     write_zip(tmp_path / "sp.zip", {A: f"video of {A}".encode()})
     (tmp_path / "sp.zip").rename(tmp_path / "sp.tar")
-    check_whole(find_sources(tmp_path), [A])
+    check_whole(find(tmp_path), [A])
 
 
 def test_other_files_are_no_concern(tmp_path: Path) -> None:
@@ -202,7 +205,7 @@ def test_other_files_are_no_concern(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "sp.zip", "a") as file:
         file.writestr(f"__MACOSX/videos/._{A}.mp4", b"resource fork")
         file.writestr("license.txt", b"non-commercial")
-    check_whole(find_sources(tmp_path), [A])
+    check_whole(find(tmp_path), [A])
 
 
 # ---------------------------------------------------------------- what is left out, and why
@@ -218,7 +221,7 @@ def test_a_member_that_points_outside_is_listed(tmp_path: Path, form: str, name:
                 file.writestr(member, data)
     else:
         write_tar(tmp_path / f"x.{form}", members, "w" if form == "tar" else "w:gz")
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     (problem,) = catalogue.problems
     assert problem.archive == str(tmp_path / f"x.{form}") and problem.member == name
     assert "points outside the archive" in problem.cause
@@ -235,9 +238,9 @@ def test_a_member_too_large_to_be_a_clip_is_never_read(
         write_zip(tmp_path / "x.zip", {A: bytes(101), B: bytes(100)}, {})
     else:
         write_tar(tmp_path / f"x.{form}", members, "w" if form == "tar" else "w:gz")
-    for module in ("member", "archives"):
+    for module in ("member", "source"):
         monkeypatch.setattr(f"dalle2_video.data.sources.{module}.MOST_BYTES", 100)
-    (source,) = find_sources(tmp_path).sources
+    (source,) = find(tmp_path).sources
     found = {clip: (member, data) for clip, member, data in source.stream()}
     assert (found[B][1] or found[B][0].read()) == bytes(100)
     assert found[A][1] is None
@@ -248,7 +251,7 @@ def test_a_member_too_large_to_be_a_clip_is_never_read(
 @pytest.mark.parametrize("name", [f"C:\\videos\\{B}.mp4", f"..\\{B}.mp4"])
 def test_names_of_windows_are_no_way_out(tmp_path: Path, name: str) -> None:
     write_tar(tmp_path / "x.tar", {**layout([A]), name: b"outside"})
-    assert "points outside" in causes(find_sources(tmp_path))[name]
+    assert "points outside" in causes(find(tmp_path))[name]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -262,7 +265,7 @@ def test_links_and_devices_in_a_tar_are_listed(tmp_path: Path, kind: bytes, form
         link = tarfile.TarInfo(f"videos/{B}.mp4")
         link.type, link.linkname = kind, "/etc/passwd"
         tar.addfile(link)
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     assert list(catalogue.sources[0].videos) == [A]
     cause = causes(catalogue)[f"videos/{B}.mp4"]
     assert cause == "is no plain file" or cause == "is a link to /etc/passwd, which is not followed"
@@ -275,7 +278,7 @@ def test_a_sparse_member_of_a_tar_is_listed(tmp_path: Path) -> None:
         info.size = 4
         info.pax_headers = {"GNU.sparse.map": "0,2,998,2", "GNU.sparse.size": "1000"}
         tar.addfile(info, io.BytesIO(b"abcd"))
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     assert causes(catalogue) == {f"videos/{A}.mp4": "is no plain file"}
 
 
@@ -285,7 +288,7 @@ def test_a_link_in_a_zip_is_listed(tmp_path: Path) -> None:
         info = zipfile.ZipInfo(f"videos/{B}.mp4")
         info.external_attr = (stat.S_IFLNK | 0o777) << 16
         file.writestr(info, "/etc/passwd")
-    assert "is a link" in causes(find_sources(tmp_path))[f"videos/{B}.mp4"]
+    assert "is a link" in causes(find(tmp_path))[f"videos/{B}.mp4"]
 
 
 @pytest.mark.parametrize("name", ["bad.zip", "bad.tar", "bad.tar.gz"])
@@ -293,7 +296,7 @@ def test_a_link_in_a_zip_is_listed(tmp_path: Path) -> None:
 def test_an_archive_that_is_none_is_listed(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
     write_zip(tmp_path / "good.zip", {A: b"a"})
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     (problem,) = catalogue.problems
     assert problem.archive == str(tmp_path / name) and problem.member == ""
     assert problem.cause.startswith("no whole archive: ")
@@ -303,7 +306,7 @@ def test_an_archive_that_is_none_is_listed(tmp_path: Path, name: str, data: byte
 def test_a_truncated_zip_is_listed(tmp_path: Path) -> None:
     write_zip(tmp_path / "x.zip", {A: bytes(5000)})
     os.truncate(tmp_path / "x.zip", 4000)
-    assert causes(find_sources(tmp_path))[""].startswith("no whole archive")
+    assert causes(find(tmp_path))[""].startswith("no whole archive")
 
 
 @pytest.mark.parametrize("form", ["tar", "tar.gz"])
@@ -313,7 +316,7 @@ def test_a_truncated_tar_gives_what_is_whole(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"x.{form}"
     write_tar(path, members, "w" if form == "tar" else "w:gz")
     os.truncate(path, int(path.stat().st_size * (0.55 if form == "tar" else 0.5)))
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     assert causes(catalogue)[""].startswith("no whole archive")
     (source,) = catalogue.sources
     assert A in source.videos
@@ -329,7 +332,7 @@ def test_a_damaged_or_encrypted_member_is_named(tmp_path: Path) -> None:
     write_zip(tmp_path / "x.zip", {A: b"payload of the video"})
     data = (tmp_path / "x.zip").read_bytes()
     (tmp_path / "x.zip").write_bytes(data.replace(b"payload", b"damaged"))
-    (source,) = find_sources(tmp_path).sources
+    (source,) = find(tmp_path).sources
     with pytest.raises(ArchiveError, match=r"unreadable in its archive: Bad CRC"):
         source.videos[A].read()
     encrypted = bytearray(data)
@@ -338,7 +341,7 @@ def test_a_damaged_or_encrypted_member_is_named(tmp_path: Path) -> None:
     encrypted[central + 8] |= 1
     (tmp_path / "y.zip").write_bytes(encrypted)
     (tmp_path / "x.zip").unlink()
-    (source,) = find_sources(tmp_path).sources
+    (source,) = find(tmp_path).sources
     with pytest.raises(ArchiveError, match="encrypted"):
         source.videos[A].read()
 
@@ -352,7 +355,7 @@ def test_odd_names_copies_and_unknown_texts_are_listed(tmp_path: Path) -> None:
         f"texts/hairstyle/{B}.txt": b"the folder is listed once",
     }
     write_tar(tmp_path / "x.tar", members)
-    catalogue = find_sources(tmp_path)
+    catalogue = find(tmp_path)
     found = causes(catalogue)
     assert found["videos/trailer.mp4"].startswith("its name is no clip name")
     assert found[f"videos/more/{A}.mp4"].startswith("a second copy: videos/celebvtext_6")
@@ -362,22 +365,22 @@ def test_odd_names_copies_and_unknown_texts_are_listed(tmp_path: Path) -> None:
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="does not exist"):
-        find_sources(tmp_path / "nowhere")
-    with pytest.raises(ArchiveError, match="holds no clips: expected zips or tars"):
-        find_sources(tmp_path)
+        find(tmp_path / "nowhere")
+    with pytest.raises(ArchiveError, match="holds no clips: expected videos with a text"):
+        find(tmp_path)
 
 
 def test_two_archives_of_one_name(tmp_path: Path) -> None:
     write_zip(tmp_path / "x.zip", {A: b"a"})
     write_tar(tmp_path / "x.tar", layout([B]))
     with pytest.raises(ArchiveError, match="have one name: rename one"):
-        find_sources(tmp_path)
+        find(tmp_path)
 
 
 def test_the_fingerprint_follows_videos_and_texts(tmp_path: Path) -> None:
     def fingerprint(videos: dict, texts: dict | None = None) -> str:
         write_zip(tmp_path / "x.zip", videos, texts)
-        return find_sources(tmp_path).sources[0].fingerprint()
+        return find(tmp_path).sources[0].fingerprint()
 
     first = fingerprint({A: b"aa", B: b"bb"})
     assert fingerprint({B: b"bb", A: b"aa"}) == first

@@ -2,8 +2,12 @@
 
 import errno
 import fcntl
+import json
 import os
+import tarfile
+import warnings
 import zipfile
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -12,10 +16,10 @@ import pytest
 
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.run import preprocess
-from dalle2_video.data.sources.archives import find_sources
+from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.store.store import ClipStore
 from tests.helpers.media import captions, clip_id, grey_steps, numbers, write_video, write_zip
-from tests.helpers.stores import SPLITS, config, skipped
+from tests.helpers.stores import SPLITS, config, manifest, skipped, tree
 
 GOOD = clip_id(1)
 
@@ -98,13 +102,144 @@ def test_archives_that_are_not_read_are_listed(root: Path) -> None:
     for name in ("a.7z", "b.rar", "c.zip.001", "d.z01", "e.tar.zst"):
         (root / name).write_bytes(b"1234")
     with zipfile.ZipFile(root / "outer.zip", "w") as packed:
-        packed.writestr("inner.tar.gz", b"1234")
         packed.writestr("inner.7z", b"1234")
     found = causes(root)
-    assert sorted(found) == [
-        *("a.7z", "b.rar", "c.zip.001", "d.z01", "e.tar.zst", "inner.7z", "inner.tar.gz")
-    ]
+    assert sorted(found) == ["a.7z", "b.rar", "c.zip.001", "d.z01", "e.tar.zst", "inner.7z"]
     assert all("unpack" in cause for cause in found.values())
+
+
+@pytest.mark.parametrize("outer", ["outer.zip", "outer.tar", "outer.tar.gz"])
+@pytest.mark.parametrize("inner", ["inner.zip", "inner.tar", "inner.tgz"])
+def test_an_archive_inside_an_archive_is_read(tmp_path: Path, outer: str, inner: str) -> None:
+    """And one inside that; nothing of the copies stays."""
+    root = tmp_path / "data"
+    files = {f"videos/{GOOD}.mp4": write_video(grey_steps(30))}
+    files |= {f"texts/{name}/{GOOD}.txt": text for name, text in captions(GOOD).items()}
+    packed = pack(inner, files)
+    (root / "a").mkdir(parents=True)
+    (root / "a" / outer).write_bytes(pack(outer, {f"b/{inner}": packed, "c/broken.zip": b"1234"}))
+    before = tree(root)
+    found = causes(root)
+    assert list(found) == [""] and found[""].startswith("no whole archive: ")
+    assert {item["archive"] for item in manifest(root)["skipped"]} == {f"a/{outer}/c/broken.zip"}
+    index = json.loads((root / "index" / "a__outer__b__inner.json").read_text())
+    assert index["archive"] == f"a/{outer}/b/{inner}"
+    assert not list(root.glob(".nested*")) and before.items() <= tree(root).items()
+    (root / "a" / outer).unlink()
+    (root / "deep.zip").write_bytes(pack("x.zip", {outer: pack(outer, {inner: packed})}))
+    assert preprocess(config(root, out=str(tmp_path / "deep"))).clips == 1
+
+
+def test_a_bomb_of_archives_ends(root: Path) -> None:
+    data = b""
+    for depth in range(6):
+        data = pack("x.zip", {f"{depth}-{k}.zip": data for k in range(4)})
+    (root / "bomb.zip").write_bytes(data)
+    found = causes(root)
+    assert set(found.values()) == {"an archive inside an archive: unpack the outer one"}
+
+
+def pack(name: str, files: Mapping[str, bytes]) -> bytes:
+    """The bytes of a zip or tar, by its name."""
+    file = BytesIO()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+            for path, data in files.items():
+                packed.writestr(path, data)
+        return file.getvalue()
+    with tarfile.open(fileobj=file, mode="w" if name.endswith(".tar") else "w:gz") as tar:
+        for path, data in files.items():
+            info = tarfile.TarInfo(path)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    return file.getvalue()
+
+
+def test_the_last_member_of_a_name_is_used(tmp_path: Path) -> None:
+    """As unpacking would leave it; the manifest lists the other one."""
+    root = tmp_path / "data"
+    root.mkdir()
+    videos = [write_video(grey_steps(30, step=step)) for step in (2, 5)]
+    for name in ("a.zip", "a.tar", "a.tgz"):
+        path = root / name
+        with BytesIO() as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if name == "a.zip":
+                with zipfile.ZipFile(file, "w") as packed:
+                    for video in videos:
+                        packed.writestr(f"videos/{GOOD}.mp4", video)
+                    for category, text in captions(GOOD).items():
+                        packed.writestr(f"texts/{category}/{GOOD}.txt", text)
+            else:
+                with tarfile.open(fileobj=file, mode="w" if name == "a.tar" else "w:gz") as tar:
+                    members = [(f"videos/{GOOD}.mp4", video) for video in videos]
+                    members += [(f"texts/{c}/{GOOD}.txt", t) for c, t in captions(GOOD).items()]
+                    for member, data in members:
+                        info = tarfile.TarInfo(member)
+                        info.size = len(data)
+                        tar.addfile(info, BytesIO(data))
+            path.write_bytes(file.getvalue())
+        made = config(root, out=str(tmp_path / name))
+        preprocess(made, log=lambda text: None)
+        assert skipped(tmp_path / name) == {
+            f"videos/{GOOD}.mp4": "a second member of the same name follows it"
+        }
+        frames = ClipStore.open(tmp_path / name, SPLITS).frames([0])[0]
+        assert numbers(frames, step=5) == [0, 2, 4, 6, 8, 10]
+        path.unlink()
+
+
+def test_another_content_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    """And a copy of the same content, with new dates, is not made again."""
+    root = tmp_path / "data"
+    text = root / "texts" / "emotion" / f"{GOOD}.txt"
+    video = root / "videos" / f"{GOOD}.mp4"
+    for path in (text, video):
+        path.parent.mkdir(parents=True)
+    text.write_bytes(b"She is happy.\n")
+    first, second = (write_video(grey_steps(30, step=step)) for step in (2, 3))
+    size = max(len(first), len(second)) + 16
+
+    def padded(data: bytes) -> bytes:
+        """With an mp4 box that says: nothing, of so many bytes."""
+        rest = size - len(data)
+        return data + rest.to_bytes(4, "big") + b"free" + bytes(rest - 8)
+
+    video.write_bytes(padded(first))
+    made = config(root, out=str(tmp_path / "store"))
+    assert preprocess(made).made == 1
+    for path in (text, video):
+        os.utime(path, (1, 1))
+    said = []
+    assert preprocess(made, log=said.append).made == 0 and not said
+    text.write_bytes(b"She is sorry.\n")
+    assert preprocess(made, log=said.append).made == 1 and "has changed" in said[0]
+    assert ClipStore.open(made.store, SPLITS).lines(0)["emotion"][0].text == "She is sorry."
+    video.write_bytes(padded(second))
+    assert preprocess(made, log=said.append).made == 1
+    assert numbers(ClipStore.open(made.store, SPLITS).frames([0])[0], step=3)[-1] == 10
+
+
+def test_a_shard_of_older_code_is_taken_as_it_is(root: Path) -> None:
+    preprocess(config(root))
+    path = root / "index" / "good.json"
+    index = json.loads(path.read_text())
+    older = {k: v for k, v in index.items() if k not in ("stamp", "content")}
+    path.write_text(json.dumps(older))
+    assert preprocess(config(root), log=pytest.fail).made == 0
+    assert json.loads(path.read_text()) == index, "and knows its content from now on"
+
+
+def test_names_too_long_when_joined(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for k in range(2):
+        folder = root.joinpath(*["ä" * 100] * 3, f"{k}")
+        folder.mkdir(parents=True)
+        (folder / f"{clip_id(k)}.mp4").write_bytes(write_video(grey_steps(30)))
+        (folder / "emotion").mkdir()
+        (folder / "emotion" / f"{clip_id(k)}.txt").write_bytes(b"She is happy.\n")
+    assert preprocess(config(root)).clips == 2
+    assert sorted(ClipStore.open(root, SPLITS).clip_ids) == [clip_id(0), clip_id(1)]
 
 
 @pytest.mark.parametrize("suffix", [".MP4", ".ts", ".gif", ".mpg"])

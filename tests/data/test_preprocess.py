@@ -21,7 +21,8 @@ import pytest
 from dalle2_video.config import ConfigError, from_config
 from dalle2_video.data.config import CATEGORIES, DataConfig
 from dalle2_video.data.media.decode import decode_clip
-from dalle2_video.data.preprocess.run import _make_clip, preprocess
+from dalle2_video.data.preprocess.clip import make_clip
+from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.captions import encode
 from dalle2_video.data.sources.member import ArchiveError
 from dalle2_video.data.store.shard import StoreError, read_index, shard_paths
@@ -201,7 +202,7 @@ def test_whatever_a_damaged_file_sets_off_costs_its_clip_only(tmp_path: Path, mo
             raise IndexError("list index out of range")
         return decode_clip(data, *more)
 
-    monkeypatch.setattr("dalle2_video.data.preprocess.run.decode_clip", decode)
+    monkeypatch.setattr("dalle2_video.data.preprocess.clip.decode_clip", decode)
     assert preprocess(config(tmp_path)).clips == 1
     (cause,) = skipped(tmp_path).values()
     assert cause == "unreadable: IndexError: list index out of range"
@@ -350,7 +351,7 @@ def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(
 
     decoded = []
     monkeypatch.setattr(
-        "dalle2_video.data.preprocess.run.decode_clip",
+        "dalle2_video.data.preprocess.clip.decode_clip",
         lambda *a: decoded.append(a) or decode_clip(*a),
     )
     summary = preprocess(config(tmp_path))
@@ -370,13 +371,13 @@ def test_after_kill_9_nothing_half_written_is_read_and_the_run_continues(
 def _die_at_one(clip: str, *arguments: object) -> object:
     if clip == clip_id(2):
         os.kill(os.getpid(), signal.SIGKILL)
-    return _make_clip(clip, *arguments)  # type: ignore[arg-type]
+    return make_clip(clip, *arguments)  # type: ignore[arg-type]
 
 
 def _hang_at_one(clip: str, *arguments: object) -> object:
     if clip == clip_id(2):
         time.sleep(600)
-    return _make_clip(clip, *arguments)  # type: ignore[arg-type]
+    return make_clip(clip, *arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,7 @@ def test_a_worker_that_dies_or_hangs_costs_its_own_clip_only(
     tmp_path: Path, monkeypatch, worker: object, cause: str
 ) -> None:
     write_zip(tmp_path / "a.zip", clips(*range(1, 6)))
-    monkeypatch.setattr("dalle2_video.data.preprocess.run._make_clip", worker)
+    monkeypatch.setattr("dalle2_video.data.preprocess.run.make_clip", worker)
     made = config(tmp_path, workers=2, seconds_per_clip=6.0)
     assert preprocess(made).clips == 4
     assert open_store(made).clip_ids == [clip_id(person) for person in (1, 3, 4, 5)]
@@ -423,7 +424,7 @@ def test_overwrite_takes_nothing_over_from_a_stopped_run(tmp_path: Path, monkeyp
             preprocess(config(tmp_path))
     decoded = []
     monkeypatch.setattr(
-        "dalle2_video.data.preprocess.run.decode_clip",
+        "dalle2_video.data.preprocess.clip.decode_clip",
         lambda *a: decoded.append(a) or decode_clip(*a),
     )
     preprocess(config(tmp_path, overwrite=True))

@@ -174,7 +174,7 @@ def test_evaluation_meets_each_clip_once(tmp_path: Path) -> None:
 def test_a_killed_run_with_windows_goes_on_at_the_clip(tmp_path: Path, monkeypatch) -> None:
     archive(tmp_path, c1=25, c3=39, c4=12)
     made = replace(config(tmp_path), windows="all", encoding="h264")
-    import dalle2_video.data.preprocess.run as module
+    import dalle2_video.data.preprocess.clip as module
 
     real, seen = module.decode_clip, []
 

@@ -18,6 +18,7 @@ def config(root: Path, **changes) -> DataConfig:
     base = DataConfig(
         name="test",
         root=str(root),
+        layout="celebvtext",
         out=None,
         fps=5.0,
         num_frames=6,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import DataConfig
-from dalle2_video.data.sources.member import Problem
+from dalle2_video.data.sources.source import Catalogue
 from dalle2_video.data.store.shard import (
     FORMAT,
     StoreError,
@@ -34,6 +33,7 @@ class Summary:
     lines_split: int
     gigabytes: float
     minutes: float
+    ignored: dict[str, int]
     store: str
 
     def raise_if_empty(self) -> None:
@@ -55,7 +55,7 @@ class Summary:
 
 
 def write_manifest(
-    config: DataConfig, problems: Sequence[Problem], made: int, shards_made: int, begun: float
+    config: DataConfig, catalogue: Catalogue, made: int, shards_made: int, begun: float
 ) -> Summary:
     """Joins what all shards left out, with what never reached a shard, into manifest.json.
 
@@ -63,7 +63,7 @@ def write_manifest(
     """
     skipped = [
         {"archive": relative_name(p.archive, config.root), "file": p.member, "cause": p.cause}
-        for p in problems
+        for p in catalogue.problems
     ]
     texts, shards, lines_split, clips, size = [], {}, 0, 0, 0
     for path in filter(
@@ -98,6 +98,7 @@ def write_manifest(
         lines_split=lines_split,
         gigabytes=size / 1e9,
         minutes=(time.monotonic() - begun) / 60,
+        ignored=dict(sorted(catalogue.ignored.items())),
         store=str(config.store),
     )
     manifest = {
@@ -108,6 +109,7 @@ def write_manifest(
         "skipped": skipped,
         "texts_left_out": texts,
         "lines_split": lines_split,
+        "ignored": dict(sorted(catalogue.ignored.items())),
     }
     write_json(config.store / "manifest.json", manifest)
     return summary

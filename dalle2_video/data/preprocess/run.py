@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,16 +24,16 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle2_video.data.atomic import lock, write_json
-from dalle2_video.data.config import CATEGORIES, DataConfig, StoreSettings
-from dalle2_video.data.media.decode import decode_clip
-from dalle2_video.data.media.encode import encode_window
-from dalle2_video.data.media.frame import ClipError
+from dalle2_video.data.config import DataConfig, StoreSettings
+from dalle2_video.data.preprocess.clip import TextRules, make_clip
 from dalle2_video.data.preprocess.journal import Journal
 from dalle2_video.data.preprocess.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.preprocess.pool import WorkerLost, WorkerPool
-from dalle2_video.data.sources.archives import Catalogue, Source, find_sources
-from dalle2_video.data.sources.captions import CaptionError, Line, read_text, split_line, to_line
-from dalle2_video.data.sources.member import ArchiveError, Member
+from dalle2_video.data.sources.captions import Line
+from dalle2_video.data.sources.find import find_sources
+from dalle2_video.data.sources.member import ArchiveError
+from dalle2_video.data.sources.source import Catalogue, Source
+from dalle2_video.data.sources.table import Columns
 from dalle2_video.data.store.shard import (
     FORMAT,
     TIMESTAMPS,
@@ -45,7 +46,10 @@ from dalle2_video.data.store.shard import (
 )
 from dalle2_video.data.store.texts import write_texts
 
-PRELOAD = (__name__, "open_clip.tokenizer")  # the second takes seconds: once, not per worker
+PRELOAD = (
+    make_clip.__module__,
+    "open_clip.tokenizer",
+)  # the second takes seconds: once, not per worker
 
 
 def preprocess(
@@ -63,8 +67,10 @@ def preprocess(
     if not Path(config.root).exists():
         raise ArchiveError(f"data.root={config.root} does not exist")
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out, part, parts), _disk(out):
-        catalogue = _catalogue(config)
+    with _lock(out, part, parts), _disk(out), _scratch(out, part) as scratch:
+        catalogue = _catalogue(config, scratch)
+        if config.layout is None and catalogue.sources:
+            log(f"{config.root}: {catalogue.found}, read as data.layout={catalogue.layout}")
         mine = catalogue.sources[part - 1 :: parts]
         todo = [source for source in mine if not _is_there(config, source, log)]
         again = catalogue.sources if config.overwrite else todo
@@ -75,21 +81,23 @@ def preprocess(
         made = 0
         with (
             _bar(sum(len(source.videos) for source in todo)) as bar,
-            WorkerPool(_make_clip, config.workers, PRELOAD, config.seconds_per_clip) as pool,
+            WorkerPool(make_clip, config.workers, PRELOAD, config.seconds_per_clip) as pool,
         ):
             for source in todo:
                 bar.set_postfix_str(source.name)
                 made += _make_shard(config, source, known, pool, bar)
-        return write_manifest(config, catalogue.problems, made, len(todo), begun)
+        return write_manifest(config, catalogue, made, len(todo), begun)
 
 
 # ---------------------------------------------------------------- what there is to do
 
 
-def _catalogue(config: DataConfig) -> Catalogue:
+def _catalogue(config: DataConfig, scratch: Path) -> Catalogue:
     """The sources; none where the archives were deleted after their shards were made."""
+    captions = None if config.caption_columns is None else tuple(config.caption_columns)
+    columns = Columns(config.file_column, config.group_column, captions)
     try:
-        return find_sources(config.root)
+        return find_sources(config.root, config.layout, columns, scratch, config.store)
     except ArchiveError:
         if any(index_paths(config.store)):
             return Catalogue()
@@ -115,10 +123,26 @@ def _is_there(config: DataConfig, source: Source, log: Callable[[str], None]) ->
         if not file.exists():
             log(f"{file} is missing; it is made again")
             return False
-    if index["fingerprint"] != source.fingerprint():
+    if index["fingerprint"] != source.fingerprint() or _has_other_content(index, source, path):
         log(f"{source.archive} has changed since its shard {source.name} was made: made again")
         return False
     return True
+
+
+def _has_other_content(index: dict[str, Any], source: Source, path: Path) -> bool:
+    """Whether files of the same sizes hold something else than when the shard was made.
+
+    Files are only read where their stamps differ; where the content is the same, as after a copy,
+    the new stamps are noted. A shard of older code knows no content: it is taken as it is.
+    """
+    stamp = source.stamp()
+    if index.get("stamp") == stamp:
+        return False
+    content = source.content()
+    if index.get("content", content) != content:
+        return True
+    write_json(path, {**index, "stamp": stamp, "content": content})
+    return False
 
 
 def _known_clips(config: DataConfig, todo: set[str], elsewhere: set[str]) -> dict[str, str]:
@@ -163,7 +187,9 @@ def _make_shard(
     out, settings = config.store, config.settings
     frame_path, text_path, index_path = shard_paths(out, source.name)
     index_path.unlink(missing_ok=True)  # from here until the end this shard does not exist
-    made_from = {"format": FORMAT, "settings": asdict(settings), "clips": source.fingerprint()}
+    stamp = source.stamp()
+    content = source.content()  # before the clips are read: a later change is noticed next time
+    made_from = {"format": FORMAT, "settings": asdict(settings), "clips": stamp}
     with Journal(frame_path.parent, source.name, made_from, config.overwrite) as journal:
         have = {clip["clip"] for clip in journal.clips}
         bar.update(len(have))
@@ -179,7 +205,8 @@ def _make_shard(
                 file = source.videos[clip].name
                 journal.append({"clip": clip, "status": "skipped", "file": file, **entry})
             else:
-                journal.append({"clip": clip, "status": "kept", **entry}, windows)
+                group = {"group": source.groups[clip]} if clip in source.groups else {}
+                journal.append({"clip": clip, "status": "kept", **group, **entry}, windows)
                 known[clip] = source.name
             bar.update()
         kept = [clip for clip in journal.clips if clip["status"] == "kept"]
@@ -194,6 +221,8 @@ def _make_shard(
                 "format": FORMAT,
                 "archive": relative_name(source.archive, config.root),
                 "fingerprint": source.fingerprint(),
+                "stamp": stamp,
+                "content": content,
                 "settings": asdict(settings),
                 "clips": [_index_row(clip) for clip in journal.clips],
                 "texts_left_out": [n for clip in journal.clips for n in clip.get("notes", ())],
@@ -207,10 +236,11 @@ def _make_shard(
 def _tasks(
     source: Source, settings: StoreSettings, known: dict[str, str], have: set[str]
 ) -> Iterator[tuple[str, tuple | None]]:
-    """(clip, arguments of `_make_clip`); None for a second copy of a clip of another shard."""
+    """(clip, arguments of `make_clip`); None for a second copy of a clip of another shard."""
+    rules = TextRules(source.categories, source.columns)
     for clip, member, data in source.stream():
         if clip not in have:
-            task = (clip, member, data, source.texts[clip], settings)
+            task = (clip, member, data, source.texts[clip], rules, settings)
             yield clip, None if known.get(clip, source.name) != source.name else task
 
 
@@ -224,67 +254,9 @@ def _lines(clip: Mapping[str, Any]) -> dict[str, list[Line]]:
 
 def _index_row(clip: dict[str, Any]) -> dict[str, Any]:
     """A journal's clip as the index lists it: what is needed to find it, or why it is not there."""
-    names = ("clip", "status", "row", "seconds", "hash", "file", "cause")
+    names = ("clip", "status", "group", "row", "seconds", "hash", "file", "cause")
     windows = {"windows": len(clip["bytes"])} if "row" in clip else {}
     return {name: clip[name] for name in names if name in clip} | windows
-
-
-def _make_clip(
-    clip: str,
-    member: Member,
-    data: bytes | None,
-    texts: Mapping[str, Member],
-    settings: StoreSettings,
-) -> tuple[dict[str, Any], list[np.ndarray] | None]:
-    """What the journal lists of a clip, and its windows as stored, or None. Runs in a worker."""
-    lines, notes, lines_split = _read_texts(texts, clip)
-    entry: dict[str, Any] = {"notes": notes} if notes else {}
-    if not lines:
-        return {**entry, "cause": "without text: no category has a usable file"}, None
-    try:
-        if member.kind == "folder":
-            file: bytes | Path = Path(member.archive) / member.name
-        else:
-            file = member.read() if data is None else data
-        s = settings
-        decoded = decode_clip(file, s.fps, s.num_frames, s.size, 0.0, s.span, s.windows)
-        frames = decoded.frames.reshape(-1, *s.shape)
-        if s.encoding == "h264":
-            windows = [encode_window(window, s.fps) for window in frames]
-        else:
-            windows = list(frames)
-    except (ClipError, ArchiveError) as error:
-        return {**entry, "cause": str(error)}, None
-    except Exception as error:  # whatever a damaged file sets off: it must not end a run of 70,000
-        return {**entry, "cause": f"unreadable: {type(error).__name__}: {error}"}, None
-    seconds = decoded.timestamps.round(6).tolist()
-    entry |= {"lines": lines, "lines_split": lines_split, "seconds": [seconds[0], seconds[-1]]}
-    return {**entry, TIMESTAMPS: decoded.timestamps.reshape(-1, s.num_frames).tolist()}, windows
-
-
-def _read_texts(
-    texts: Mapping[str, Member], clip: str
-) -> tuple[dict[str, list[tuple[str, tuple[int, ...]]]], list[dict[str, str]], int]:
-    """(lines with their tokens by category, files left out and why, lines that were split)."""
-    lines: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    notes = []
-    lines_split = 0
-    for category in CATEGORIES:
-        member = texts.get(category)
-        cause = "missing"
-        if member is not None:
-            try:
-                whole = read_text(member.read())
-                pieces = [split_line(line) for line in whole]
-                found = [to_line(piece) for line in pieces for piece in line]
-                lines[category] = [(line.text, line.tokens) for line in found]
-                lines_split += sum(len(line) > 1 for line in pieces)
-                continue
-            except (CaptionError, ArchiveError) as error:
-                cause = str(error)
-        file = member.name if member is not None else f"{category}/{clip}.txt"
-        notes.append({"clip": clip, "category": category, "file": file, "cause": cause})
-    return lines, notes, lines_split
 
 
 def _bar(total: int) -> tqdm:
@@ -307,6 +279,17 @@ def _lock(out: Path, part: int, parts: int) -> Iterator[None]:
         except BlockingIOError as error:
             raise StoreError(f"another preprocess is writing into {out}") from error
         yield
+
+
+@contextmanager
+def _scratch(out: Path, part: int) -> Iterator[Path]:
+    """A folder for archives that lie inside others, gone at the end, and at the next start."""
+    folder = out / f".nested.{part}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

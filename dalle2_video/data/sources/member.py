@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import os
 import tarfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from dalle2_video.errors import UserError
 
 MOST_BYTES = 2 << 30  # of one member; a clip has about 10 MB, so more is damage or a bomb
+END_BYTES = 1 << 16  # read at both ends of a large file to tell whether it has changed
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -34,8 +36,11 @@ class ArchiveError(UserError):
 class Member:
     """One file inside an archive or folder.
 
-    kind: zip, tar, stream (a compressed tar) or folder. offset: of its bytes in a plain tar. data:
-    its bytes, kept for the texts of a compressed tar only.
+    kind: zip, tar, stream (a compressed tar), folder or cell (of a table). offset: of its bytes in
+    a plain tar, of its header in a zip. data: its bytes, kept for a cell, and for the texts of a
+    compressed tar. stamp: changes with its content: the checksum of a zip, the time of last change
+    elsewhere. origin: the archive as it is shown, where `archive` is a copy of one that lay inside
+    another.
     """
 
     archive: str
@@ -44,6 +49,13 @@ class Member:
     size: int
     offset: int = 0
     data: bytes | None = None
+    stamp: int = 0
+    origin: str = ""
+
+    @property
+    def shown_archive(self) -> str:
+        """The archive as people know it."""
+        return self.origin or self.archive
 
     def read(self) -> bytes:
         """All its bytes; ArchiveError where the archive does not give them whole."""
@@ -53,7 +65,8 @@ class Member:
             if self.data is not None:
                 return self.data
             if self.kind == "zip":
-                return _open_zip(self.archive).read(self.name)
+                packed, infos = _open_zip(self.archive)
+                return packed.read(infos[self.offset])
             if self.kind == "folder":
                 return (Path(self.archive) / self.name).read_bytes()
             if self.kind != "tar":
@@ -61,6 +74,8 @@ class Member:
             with open(self.archive, "rb") as file:
                 file.seek(self.offset)
                 data = file.read(self.size)
+        except KeyError as error:
+            raise ArchiveError("its archive has changed since it was listed") from error
         except READ_ERRORS as error:
             raise ArchiveError(f"unreadable in its archive: {error}") from error
         if len(data) != self.size:
@@ -68,6 +83,25 @@ class Member:
                 f"truncated: its archive ends after {len(data)} of {self.size} bytes"
             )
         return data
+
+    def content(self) -> str:
+        """Hex digits that tell another content of the same size: of all bytes of a small file, of
+        both ends of a large one, and the checksum that a zip holds anyway.
+        """
+        if self.data is not None:
+            return hashlib.blake2b(self.data, digest_size=8).hexdigest()
+        if self.kind in ("zip", "stream"):
+            return f"{self.stamp:x}"
+        place = Path(self.archive) / self.name if self.kind == "folder" else Path(self.archive)
+        digest = hashlib.blake2b(digest_size=8)
+        try:
+            with open(place, "rb") as file:
+                for start in (0, max(0, self.size - END_BYTES)):
+                    file.seek(self.offset + start)
+                    digest.update(file.read(min(END_BYTES, self.size)))
+        except OSError as error:
+            return f"unreadable: {error.strerror}"
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,12 +125,18 @@ def escaped(name: str) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
-def _open_zip(archive: str) -> zipfile.ZipFile:
-    """An open zip per process and state of the file: a fork must not share its parent's offset."""
+def _open_zip(archive: str) -> tuple[zipfile.ZipFile, dict[int, zipfile.ZipInfo]]:
+    """An open zip per process and state of the file: a fork must not share its parent's offset.
+
+    Its entries are found by their place: a zip may hold one name twice.
+    """
     status = os.stat(archive)
     return _cached_zip(archive, os.getpid(), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=8)
-def _cached_zip(archive: str, pid: int, mtime: int, size: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(archive)
+def _cached_zip(
+    archive: str, pid: int, mtime: int, size: int
+) -> tuple[zipfile.ZipFile, dict[int, zipfile.ZipInfo]]:
+    packed = zipfile.ZipFile(archive)
+    return packed, {info.header_offset: info for info in packed.infolist()}
