@@ -1,16 +1,22 @@
 """Turn archives of captioned clips into the store that every stage trains on.
 
     python preprocess.py                                   the embedded faces, rendered at first
+    python preprocess.py experiment=own data.root=my_videos           own videos, texts beside them
     python preprocess.py experiment=celebvtext data.root=/data/CelebV-Text
     python preprocess.py experiment=celebvtext data.root=... data.out=/fast data.workers=16
     python preprocess.py experiment=celebvtext data.root=... part=3 parts=10     every tenth archive
     python preprocess.py check=true                        reads the store back, draws a sheet
 
-data.root holds zips or tars of CelebV-Text, or its extracted folders; it is only read. The same
+data.root holds zips or tars of CelebV-Text, its extracted folders, or own videos with captions
+(docs/data.md); it is only read. The same
 command continues after a stop and adds archives that came since. What was left out, and why, is in
 <data.out>/manifest.json.
 """
 
+import shlex
+from collections.abc import Sequence
+
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dalle2_video.cli import script
@@ -33,6 +39,19 @@ def main(cfg: DictConfig) -> None:
     summary = preprocess(settings.data, part=settings.part, parts=settings.parts)
     print(summary)
     summary.raise_if_empty()
+    if HydraConfig.initialized() and settings.parts == 1:
+        print(f"next: {next_command(HydraConfig.get().overrides.task)}")
+
+
+def next_command(overrides: Sequence[str]) -> str:
+    """The command that trains the first stage on what these overrides have preprocessed."""
+    ours = ("data.workers=", "data.overwrite=", "data.seconds_per_clip=")
+    kept = [
+        word
+        for word in overrides
+        if word.startswith(("experiment=", "data.", "faces.")) and not word.startswith(ours)
+    ]
+    return shlex.join(["python", "train_clip.py", *kept, "train_name=run1"])
 
 
 if __name__ == "__main__":

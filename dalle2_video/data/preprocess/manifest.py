@@ -39,17 +39,21 @@ class Summary:
     def raise_if_empty(self) -> None:
         """StoreError where there were archives and no clip of them is usable."""
         if self.clips == 0 and (self.skipped or self.shards):
+            most = max(self.skipped, key=self.skipped.__getitem__, default="no clip was found")
             raise StoreError(
-                f"{self.store}: no clip is usable; the causes are in {self.store}/manifest.json"
+                f"{self.store}: no clip is usable, mostly: {most}; all causes are in "
+                f"{self.store}/manifest.json"
             )
 
     def __str__(self) -> str:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.skipped.items()))
+        ignored = ", ".join(f"{suffix} {count}" for suffix, count in self.ignored.items())
         return (
             f"{self.store}: {self.clips} clips in {self.shards} shards ({self.made} clips made now,"
             f" {self.shards_kept} shards were there), {self.gigabytes:.3f} GB, "
             f"{self.minutes:.1f} min; skipped: {causes or 'nothing'}; text files left out: "
             f"{self.texts_left_out}; lines over 77 tokens, split: {self.lines_split}; "
+            f"other files: {ignored or 'none'}; "
             "details in manifest.json"
         )
 

@@ -119,6 +119,7 @@ class _Media:
     stems: dict[str, File] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.root = self.listing.root.resolve().as_posix() + "/"
         for file in self.listing.files:
             stem, suffix = split_suffix(file.path)
             if suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
@@ -127,8 +128,7 @@ class _Media:
 
     def find(self, name: str, folder: str) -> File | None:
         """The file that a row of a table in `folder` names, with or without suffix."""
-        root = self.listing.root.resolve().as_posix() + "/"
-        name = _composed(name.strip().replace("\\", "/")).removeprefix(root)
+        name = _composed(name.strip().replace("\\", "/")).removeprefix(self.root)
         for base in (folder, ""):
             path = posixpath.normpath(posixpath.join(base, name))
             if path in self.files:
