@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dalle2_video.data.config import CaptionPolicy, StoreSettings
-from dalle2_video.data.media.decode import MOST_WINDOWS, decode_clip, decode_window
+from dalle2_video.data.media.decode import decode_clip, decode_window
 from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
+from dalle2_video.data.media.shown import MOST_WINDOWS
 from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions

@@ -5,17 +5,29 @@ H W pixels; arrays are uint8 RGB (H, W, 3), 0..255.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from dalle2_video.data.media.gamut import gamut_note, to_bt709
 from dalle2_video.errors import UserError
 
 
 class ClipError(UserError, ValueError):
     """A clip cannot be used; the message is the cause, as the manifest lists it."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """image uint8 RGB (size, size, 3); converted: what was changed besides its shape, for people,
+    such as "tone-mapped from PQ"; empty for a plain picture.
+    """
+
+    image: np.ndarray
+    converted: tuple[str, ...]
 
 
 # AVColorSpace (ITU-T H.273 matrix coefficients) -> the matrix that swscale is to undo.
@@ -30,43 +42,81 @@ _MATRIX = {
 }
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 EXACT_BILINEAR = Interpolation.BILINEAR | _EXACT
+_RGB = {8: "rgb24", 16: "rgb48le"}  # bits of a channel -> ffmpeg's packed format
+_RGBA = {8: "rgba", 16: "rgba64le"}
 
 
-def frame_to_rgb(frame: av.VideoFrame, size: int | None = None) -> np.ndarray:
-    """uint8 RGB (H, W, 3), full range, by the frame's own matrix and range.
+def frame_to_rgb(
+    frame: av.VideoFrame, size: int | tuple[int, int] | None = None, form: str = "rgb24"
+) -> np.ndarray:
+    """uint8 RGB (H, W, 3), full range, by the frame's own matrix and range; alpha is dropped.
 
-    size: shrinks to (size, size, 3) on the way, by area: ten times faster than `crop_resize`, and
-    57 dB from it on faces (35 dB on a mosaic of saturated colours: chroma is averaged by itself).
+    size: shrinks to it (both sides, or height and width) on the way, by area: ten times faster than
+    `crop_resize`, and 57 dB from it on faces (35 dB on a mosaic of saturated colours: chroma is
+    averaged by itself). form: a packed RGB format of ffmpeg, which sets depth and channels.
 
     Untagged frames get the guess that players make: BT.709 from 1280 wide or more than 576 high,
-    else BT.601; limited range unless the pixel format is a yuvj one. Transfer curves are left alone
-    (HDR is not tone mapped).
+    else BT.601; limited range unless the pixel format is a yuvj one. Transfer and primaries are
+    left alone (`square` converts them).
     """
     large = frame.width >= 1280 or frame.height > 576
-    matrix = _MATRIX.get(frame.colorspace, Colorspace.ITU709 if large else Colorspace.ITU601)
+    guess = Colorspace.ITU709 if large else Colorspace.ITU601
+    if gamut_note(frame) is not None:
+        guess = Colorspace.BT2020
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    height, width = size if isinstance(size, tuple) else (size, size)
     rgb = frame.reformat(
-        format="rgb24",
-        src_colorspace=matrix,
+        format=form,
+        src_colorspace=_MATRIX.get(frame.colorspace, guess),
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
-        width=size,
-        height=size,
+        width=width,
+        height=height,
         interpolation=EXACT_BILINEAR if size is None else Interpolation.AREA | _EXACT,
         threads=1,
     )
     return rgb.to_ndarray()
 
 
-def square(frame: av.VideoFrame, size: int, aspect: float) -> np.ndarray:
-    """The upright centre square of a decoded frame, uint8 (size, size, 3).
+def square(frame: av.VideoFrame, size: int, aspect: float) -> Square:
+    """The upright centre square of a decoded frame, in BT.709 SDR, with alpha on black.
 
     aspect: the width of a pixel over its height. ClipError for a rotation that is no quarter turn.
     """
-    whole = frame.width == frame.height and frame.width >= size and aspect == 1.0
-    rgb = frame_to_rgb(frame, size if whole else None)
+    note = gamut_note(frame)
+    depth = 8 if note is None else 16
+    rgb, converted = _on_black(frame, depth), ["alpha on black"]
+    if rgb is None:
+        rgb, converted = frame_to_rgb(frame, _shrunk(frame, size, aspect), _RGB[depth]), []
     image, aspect = _upright(rgb, aspect, _display_matrix(frame))
-    return crop_resize(image, size, aspect)
+    image = crop_resize(image, size, aspect)
+    if note is not None:
+        image = to_bt709(image, frame.color_trc, frame.color_primaries)
+        converted.append(note)
+    return Square(image, tuple(converted))
+
+
+def _shrunk(frame: av.VideoFrame, size: int, aspect: float) -> tuple[int, int] | None:
+    """Height and width to which the decoder's own scaler shrinks a frame; None = not at all."""
+    if frame.width == frame.height and frame.width >= size and aspect == 1.0:
+        return size, size
+    if gamut_note(frame) is None:
+        return None
+    # Large HDR frames come in 16 bits: most of the way by a whole factor, the rest by crop_resize.
+    factor = max(1, min(frame.height, frame.width) // (2 * size))
+    return None if factor == 1 else (round(frame.height / factor), round(frame.width / factor))
+
+
+def _on_black(frame: av.VideoFrame, depth: int) -> np.ndarray | None:
+    """RGB (H, W, 3) of `depth` bits times alpha; None where no pixel is transparent."""
+    if not any(component.is_alpha for component in frame.format.components):
+        return None
+    rgba = frame_to_rgb(frame, None, _RGBA[depth])
+    opaque = np.uint32(2**depth - 1)
+    if (rgba[..., 3] == opaque).all():
+        return None
+    product = rgba[..., :3] * rgba[..., 3:].astype(np.uint32)
+    return ((product + opaque // 2) // opaque).astype(rgba.dtype)
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
@@ -91,7 +141,7 @@ def _upright(
 
 
 def crop_resize(image: np.ndarray, size: int, aspect: float = 1.0) -> np.ndarray:
-    """Centre square of (H, W, 3) 0..255 resized to uint8 (size, size, 3).
+    """Centre square of (H, W, 3) uint8 or uint16, resized to (size, size, 3) of the same type.
 
     `aspect` is the width of a pixel over its height. Shrinking averages over the exact area that an
     output pixel covers (antialiased, fractions of pixels included); enlarging is bilinear.
@@ -109,8 +159,9 @@ def crop_resize(image: np.ndarray, size: int, aspect: float = 1.0) -> np.ndarray
     if aspect != 1.0 or image.shape[:2] != (size, size):
         flat = np.ascontiguousarray(image, np.float32).reshape(image.shape[0], -1)
         half = (rows @ flat).reshape(size, image.shape[1], 3)
-        image = np.matmul(columns, half).round().clip(0, 255)
-    return np.ascontiguousarray(image, np.uint8)
+        most = np.iinfo(image.dtype).max
+        image = np.matmul(columns, half).round().clip(0, most).astype(image.dtype)
+    return np.ascontiguousarray(image)
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import cast
 
 import av
 from av.container import InputContainer
@@ -23,6 +24,7 @@ from dalle2_video.data.media.frame import ClipError
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif")
 # No protocol is called "none", so no demuxer opens a file or an address.
 ONLY_THESE_BYTES = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 MOST_PIXELS = 8192 * 4320  # of a frame; beyond it a header is damaged, or made to fill the memory
 
 
@@ -103,7 +105,7 @@ def decode_frames(
     is_needed: called with the seconds [begin, end) in which a frame is shown. Where it returns
     False, an H.264 frame that no other refers to is left out.
     """
-    codec = stream.codec_context
+    codec = _decoder(stream)
     codec.options = {"err_detect": "explode"}
     codec.thread_count = 1  # clips run in parallel, so each keeps to one core
     for packet, end in _with_end(container.demux(stream)):
@@ -114,10 +116,19 @@ def decode_frames(
             used = packet.pts is None or end is None or is_needed(packet.pts * tick, end * tick)
             left_out = not used and _is_unreferenced(bytes(packet), codec.extradata)
             codec.skip_frame = "NONREF" if left_out else "DEFAULT"
-        for frame in packet.decode():
+        for frame in codec.decode(packet):
             if frame.is_corrupt:
                 raise ClipError("damaged: a frame does not decode whole")
             yield frame
+
+
+def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:
+    """The stream's own decoder; of VP8 and VP9 with alpha libvpx, since ffmpeg's drops alpha."""
+    codec = stream.codec_context
+    name = _WITH_ALPHA.get(codec.name)
+    if name in av.codecs_available and stream.metadata.get("alpha_mode") == "1":
+        return cast(av.VideoCodecContext, av.CodecContext.create(name, "r"))
+    return codec
 
 
 def _is_unreferenced(packet: bytes, extradata: bytes | None) -> bool:
