@@ -570,7 +570,10 @@ def test_the_script(tmp_path: Path) -> None:
 def test_the_script_ends_with_one_line_that_says_what_is_wrong(tmp_path: Path) -> None:
     for root, line in (
         ("nowhere", f"data.root={tmp_path}/nowhere does not exist"),
-        ("damaged", f"{tmp_path}/damaged: no clip is usable; the causes are in "),
+        (
+            "damaged",
+            f"{tmp_path}/damaged: no clip is usable, mostly: no whole archive; all causes are in ",
+        ),
     ):
         (tmp_path / "damaged").mkdir(exist_ok=True)
         (tmp_path / "damaged" / "a.zip").write_bytes(b"PK\x03\x04 and no more")

@@ -71,6 +71,8 @@ def make_clip(
     except Exception as error:  # whatever a damaged file sets off: it must not end a run of 70,000
         return {**entry, "cause": f"unreadable: {type(error).__name__}: {error}"}, None
     seconds = decoded.timestamps.round(6).tolist()
+    if decoded.converted:
+        entry["converted"] = list(decoded.converted)
     entry |= {"lines": lines, "lines_split": lines_split, "seconds": [seconds[0], seconds[-1]]}
     timestamps = decoded.timestamps.reshape(-1, settings.num_frames).tolist()
     return {**entry, TIMESTAMPS: timestamps}, windows

@@ -30,6 +30,7 @@ class Summary:
     shards_kept: int
     skipped: dict[str, int]
     texts_left_out: int
+    converted: dict[str, int]
     lines_split: int
     gigabytes: float
     minutes: float
@@ -47,13 +48,14 @@ class Summary:
 
     def __str__(self) -> str:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(self.skipped.items()))
+        converted = ", ".join(f"{how} {count}" for how, count in self.converted.items())
         ignored = ", ".join(f"{suffix} {count}" for suffix, count in self.ignored.items())
         return (
             f"{self.store}: {self.clips} clips in {self.shards} shards ({self.made} clips made now,"
             f" {self.shards_kept} shards were there), {self.gigabytes:.3f} GB, "
             f"{self.minutes:.1f} min; skipped: {causes or 'nothing'}; text files left out: "
             f"{self.texts_left_out}; lines over 77 tokens, split: {self.lines_split}; "
-            f"other files: {ignored or 'none'}; "
+            f"converted: {converted or 'none'}; other files: {ignored or 'none'}; "
             "details in manifest.json"
         )
 
@@ -69,7 +71,7 @@ def write_manifest(
         {"archive": relative_name(p.archive, config.root), "file": p.member, "cause": p.cause}
         for p in catalogue.problems
     ]
-    texts, shards, lines_split, clips, size = [], {}, 0, 0, 0
+    texts, converted, shards, lines_split, clips, size = [], [], {}, 0, 0, 0
     for path in filter(
         is_whole_index, index_paths(config.store)
     ):  # another part may be at work on one
@@ -81,6 +83,11 @@ def write_manifest(
             {"archive": archive, "file": c["file"], "clip": c["clip"], "cause": c["cause"]}
             for c in index["clips"]
             if c["status"] != "kept"
+        ]
+        converted += [
+            {"archive": archive, "clip": c["clip"], "how": c["converted"]}
+            for c in index["clips"]
+            if c.get("converted")
         ]
         texts += [{"archive": archive, **note} for note in index["texts_left_out"]]
         lines_split += index["lines_split"]
@@ -99,6 +106,7 @@ def write_manifest(
         shards_kept=len(shards) - shards_made,
         skipped=dict(Counter(item["cause"].split(":")[0] for item in skipped)),
         texts_left_out=len(texts),
+        converted=dict(Counter(how for item in converted for how in item["how"])),
         lines_split=lines_split,
         gigabytes=size / 1e9,
         minutes=(time.monotonic() - begun) / 60,
@@ -112,6 +120,7 @@ def write_manifest(
         "shards": shards,
         "skipped": skipped,
         "texts_left_out": texts,
+        "converted": converted,
         "lines_split": lines_split,
         "ignored": dict(sorted(catalogue.ignored.items())),
     }

@@ -254,7 +254,7 @@ def _lines(clip: Mapping[str, Any]) -> dict[str, list[Line]]:
 
 def _index_row(clip: dict[str, Any]) -> dict[str, Any]:
     """A journal's clip as the index lists it: what is needed to find it, or why it is not there."""
-    names = ("clip", "status", "group", "row", "seconds", "hash", "file", "cause")
+    names = ("clip", "status", "group", "row", "seconds", "converted", "hash", "file", "cause")
     windows = {"windows": len(clip["bytes"])} if "row" in clip else {}
     return {name: clip[name] for name in names if name in clip} | windows
 
