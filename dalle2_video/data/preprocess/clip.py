@@ -80,6 +80,8 @@ def make_clip(
 
 def _file(member: Member, data: bytes | None) -> bytes | Path:
     """What is decoded: a path where there is one, else bytes."""
+    if member.size == 0:
+        raise ArchiveError("an empty file")
     if member.kind == "folder":
         return Path(member.archive) / member.name
     return member.read() if data is None else data

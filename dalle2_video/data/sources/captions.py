@@ -253,7 +253,7 @@ class TrainingCaptions:
         if draw.random() >= policy.all_probability:
             kept = draw.sample(kept, draw.randint(1, len(kept)))
         if policy.order == "fixed":
-            kept.sort(key=CATEGORIES.index)
+            kept.sort(key=in_order)
         chosen = [draw.choice(lines[category]) for category in kept]
         if draw.random() >= policy.join_probability:
             return chosen
@@ -279,9 +279,15 @@ class EvaluationCaptions:
         return [draw.choice(lines[category]) for category in _categories(lines, key)]
 
 
+def in_order(category: str) -> tuple[int, str]:
+    """Sorts categories: those of CATEGORIES as they stand there, then others by name."""
+    known = category in CATEGORIES
+    return (CATEGORIES.index(category), "") if known else (len(CATEGORIES), category)
+
+
 def _categories(lines: Mapping[str, Sequence[Line]], key: str) -> list[str]:
-    """The categories that have a line, in the order of CATEGORIES; CaptionError for none."""
-    kept = [category for category in CATEGORIES if lines.get(category)]
+    """The categories that have a line, in order; CaptionError for none."""
+    kept = sorted((category for category in lines if lines[category]), key=in_order)
     if not kept:
         raise CaptionError(f"clip {key} has no line")
     return kept

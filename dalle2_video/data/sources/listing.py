@@ -45,6 +45,7 @@ UNREAD_MEDIA = re.compile(
     r"heic|heif|avif|jxl|bmp|tiff?|jp2|psd|svg|dng|cr2|nef|arw)$",
     re.I,
 )
+UNFINISHED = re.compile(r"\.(part|partial|crdownload|download|!ut|!qb|opdownload|aria2|tmp)$", re.I)
 NESTED = 3  # archives inside one another
 TEXT_BYTES = 1 << 20  # of a text file: a caption is below 10 kB
 TABLE_BYTES = 1 << 30
@@ -82,6 +83,8 @@ class Listing:
             self.files.append(File(f"{container}/{path}" if container else path, container, member))
         elif UNREAD_MEDIA.search(lower):
             self.leave_out(member, "a format that is not read: convert it to mp4, jpg or png")
+        elif UNFINISHED.search(lower):
+            self.leave_out(member, "an unfinished download")
         else:
             self.ignored[PurePosixPath(lower).suffix or "no suffix"] += 1
 

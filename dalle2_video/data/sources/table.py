@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import posixpath
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,9 @@ def _rows(text: str, name: str) -> Iterator[tuple[int, dict[Any, Any]]]:
                 yield number, row
         return
     delimiter = "\t" if name.lower().endswith(".tsv") else _delimiter(text)
+    first = 0
+    if hint := re.match(r"sep=(.)\r?\n", text, re.I):  # of Excel, for itself
+        delimiter, text, first = hint[1], text[hint.end() :], 1
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names = [name.strip() for name in reader.fieldnames or ()]
     if len(set(names)) != len(names):
@@ -209,9 +213,9 @@ def _rows(text: str, name: str) -> Iterator[tuple[int, dict[Any, Any]]]:
     reader.fieldnames = names
     try:
         for row in reader:
-            yield reader.line_num, row
+            yield first + reader.line_num, row
     except csv.Error as error:
-        raise TableError(f"line {reader.line_num}: {error}") from error
+        raise TableError(f"line {first + reader.reader.line_num}: {error}") from error
 
 
 def _delimiter(text: str) -> str:

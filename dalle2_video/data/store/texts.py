@@ -9,10 +9,11 @@ import torch
 
 from dalle2_video.data.atomic import whole
 from dalle2_video.data.config import CATEGORIES
-from dalle2_video.data.sources.captions import Line
+from dalle2_video.data.sources.captions import Line, in_order
 from dalle2_video.data.store.shard import StoreError
 
 FORMAT = 2
+MOST_CATEGORIES = 127  # a line's category is an int8
 
 
 def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[Line]]]) -> None:
@@ -22,11 +23,18 @@ def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[Line]]]) -> No
     to end), token_end int64 (lines,), category int8 (lines,), line_end int64 (rows,), text uint8
     (UTF-8, end to end), text_end int64 (lines,).
     """
+    found = {name for by_category in texts for name in by_category}
+    names = sorted({*CATEGORIES, *found}, key=in_order)
+    if len(names) > MOST_CATEGORIES:
+        raise StoreError(
+            f"{len(names)} categories of captions, at most {MOST_CATEGORIES} are possible: choose "
+            "some by data.caption_columns"
+        )
     lines: list[Line] = []
     category: list[int] = []
     line_end: list[int] = []
     for by_category in texts:
-        for number, name in enumerate(CATEGORIES):
+        for number, name in enumerate(names):
             lines += by_category.get(name, ())
             category += [number] * len(by_category.get(name, ()))
         line_end.append(len(lines))
@@ -34,7 +42,7 @@ def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[Line]]]) -> No
     words = [line.text.encode() for line in lines]
     content = {
         "format": FORMAT,
-        "categories": list(CATEGORIES),
+        "categories": names,
         "tokens": torch.tensor(flat, dtype=torch.int32),
         "token_end": _ends([line.tokens for line in lines]),
         "category": torch.tensor(category, dtype=torch.int8),
