@@ -7,10 +7,9 @@
     python preprocess.py experiment=celebvtext data.root=... part=3 parts=10     every tenth archive
     python preprocess.py check=true                        reads the store back, draws a sheet
 
-data.root holds zips or tars of CelebV-Text, its extracted folders, or own videos with captions
-(docs/data.md); it is only read. The same
-command continues after a stop and adds archives that came since. What was left out, and why, is in
-<data.out>/manifest.json.
+data.root holds own videos with captions (docs/data.md), or zips, tars or folders of CelebV-Text; it
+is only read. The same command continues after a stop and adds what came since. What was left out,
+and why, is in <data.out>/manifest.json.
 """
 
 import shlex
@@ -27,6 +26,7 @@ def main(cfg: DictConfig) -> None:
     # Worker processes import this file: what they do not need is imported here, not above.
     from dalle2_video.data.preprocess.check import check_store
     from dalle2_video.data.preprocess.run import preprocess
+    from dalle2_video.data.store.store import open_store
     from dalle2_video.stages.config_tree import settings_of
     from dalle2_video.stages.wiring import render_faces
 
@@ -39,7 +39,13 @@ def main(cfg: DictConfig) -> None:
     summary = preprocess(settings.data, part=settings.part, parts=settings.parts)
     print(summary)
     summary.raise_if_empty()
-    if HydraConfig.initialized() and settings.parts == 1:
+    if settings.parts > 1:
+        return
+    store = open_store(settings.data)
+    print("splits: " + ", ".join(f"{name} {len(store.split(name))}" for name in store.splits))
+    for warning in store.warnings:
+        print(f"warning: {warning}")
+    if HydraConfig.initialized():
         print(f"next: {next_command(HydraConfig.get().overrides.task)}")
 
 

@@ -36,13 +36,14 @@ class StoreSettings:
     span: Literal["first", "full"] = "first"
     """first: the first num_frames / fps seconds; full: frames spread over the whole clip (fps is
     then only the rate at which they are shown)."""
-    windows: Literal["one", "all"] = "one"
-    """How many windows of a clip are stored: one, or all that fit into it, end to end."""
+    windows: Literal["one", "all", "random"] = "one"
+    """How many windows of a clip are stored: one, or all that fit into it, end to end. random: all,
+    of which training draws one per clip and epoch."""
     encoding: Literal["raw", "h264"] = "raw"
     """Raw frames, or visually lossless videos that are decoded on reading."""
 
     def __post_init__(self) -> None:
-        if self.span == "full" and self.windows == "all":
+        if self.span == "full" and self.windows != "one":
             raise ValueError("span=full makes one window of the whole clip: windows must be one")
 
     @property
@@ -85,7 +86,7 @@ class DataConfig(StoreSettings):
     split_seed: int = 0
     """Of the splits."""
     splits: dict[str, Share] = default(dict)
-    """Name of a split -> its share of the video ids; the shares add up to 1."""
+    """Name of a split -> its share of the groups (video ids in CelebV-Text); they add up to 1."""
     workers: Workers = 8
     """Processes of preprocess.py; 0: none but itself."""
     seconds_per_clip: PositiveFloat | None = 60.0
@@ -105,9 +106,11 @@ class DataConfig(StoreSettings):
 
     @property
     def settings(self) -> StoreSettings:
-        """How the frames are made."""
+        """How the frames are made: a store for windows=random is one of all windows."""
         fields = dataclasses.fields(StoreSettings)
-        return StoreSettings(**{field.name: getattr(self, field.name) for field in fields})
+        values = {field.name: getattr(self, field.name) for field in fields}
+        windows = "all" if self.windows == "random" else self.windows
+        return StoreSettings(**{**values, "windows": windows})
 
 
 @config_class
@@ -127,10 +130,5 @@ class CaptionPolicy:
     order: Literal["random", "fixed"] = "random"
     """Of the lines that are joined; fixed is that of CATEGORIES. Lines by themselves are a set."""
     presence: dict[str, Share] | None = None
-    """Category -> probability that it takes part at all, 1 where it is not named; a clip keeps one
-    category at least."""
-
-    def __post_init__(self) -> None:
-        for name in self.presence or {}:
-            if name not in CATEGORIES:
-                raise ValueError(f"presence.{name}: no category; there are {', '.join(CATEGORIES)}")
+    """Category of the data -> probability that it takes part at all, 1 where it is not named; a
+    clip keeps one category at least."""

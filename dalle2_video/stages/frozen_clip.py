@@ -81,7 +81,8 @@ def load_conditions(
         store, "train", seed, TrainingCaptions(captions), cache, load_frames, num_images=num_images
     )
     still = EvaluationCaptions()
-    val = CelebVTextDataset(store, validation, seed, still, cache, load_frames)
+    first = store.draw_windows
+    val = CelebVTextDataset(store, validation, seed, still, cache, load_frames, first)
     return Conditions(video_clip, loaded.hash, train, val)
 
 

@@ -57,7 +57,10 @@ def store_of(settings: Settings) -> ClipStore:
                     print(preprocess(settings.data), flush=True)
     if (faces := faces_of(settings)) is not None:
         check_faces(faces)
-    return open_store(settings.data)
+    store = open_store(settings.data)
+    if store.warnings and process_state().is_main_process:
+        print("\n".join(f"warning: {warning}" for warning in store.warnings), flush=True)
+    return store
 
 
 def run_config(settings: Settings, cfg: DictConfig, stage: str) -> RunConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from dalle2_video.data.sources.captions import (
     to_line,
     tokenize,
 )
+from dalle2_video.data.store.shard import StoreError
+from dalle2_video.data.store.texts import ShardTexts, write_texts
 
 LONG = (
     "The woman, who has long brown wavy hair and wears a red shirt with white dots, turns her "
@@ -279,8 +282,6 @@ def test_a_category_is_present_at_its_rate() -> None:
     assert policy.choose(only, 0, 0, "a:0"), "a clip that has nothing else keeps it"
     whole = EvaluationCaptions()
     assert len(whole.choose(LINES, 0, 0, "a:0")) == 6
-    with pytest.raises(ValueError, match=r"presence\.mood: no category; there are action_dur"):
-        CaptionPolicy(presence={"mood": 0.5})
     with pytest.raises(ConfigError, match=r"c\.presence\.emotion: must be at most 1"):
         from_config(CaptionPolicy, {"presence": {"emotion": 2}}, "c")
 
@@ -313,3 +314,20 @@ def test_a_single_category_and_none() -> None:
         policy.choose({"emotion": []}, 0, 0, "a:0")
     with pytest.raises(ValueError, match="join_probability"):
         CaptionPolicy(join_probability=2.0)
+
+
+def test_categories_of_any_name(tmp_path: Path) -> None:
+    """Those of CelebV-Text in their order, then others by name; each may be present at its rate."""
+    lines = {name: [to_line(f"about {name}")] for name in ("zoo", "light_dir", "Action", "emotion")}
+    order = ["emotion", "light_dir", "Action", "zoo"]
+    chosen = EvaluationCaptions().choose(lines, 0, 0, "clip:0")
+    assert [line.text for line in chosen] == [f"about {name}" for name in order]
+    policy = CaptionPolicy(1.0, 0.0, "fixed", {"zoo": 0.0})
+    drawn = TrainingCaptions(policy).choose(lines, 0, 0, "clip:0")
+    assert [line.text for line in drawn] == [f"about {name}" for name in order[:3]]
+    write_texts(tmp_path / "a.pt", [lines, {"zoo": [to_line("a zebra")]}])
+    texts = ShardTexts(tmp_path / "a.pt")
+    assert texts.lines(0) == lines and texts.lines(1)["zoo"][0].text == "a zebra"
+    assert texts.used() == order
+    with pytest.raises(StoreError, match="134 categories of captions, at most 127"):
+        write_texts(tmp_path / "b.pt", [{str(k): [to_line("x")] for k in range(128)}])

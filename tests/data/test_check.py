@@ -36,7 +36,7 @@ def test_a_whole_store_passes_and_is_described(root: Path) -> None:
     report = check_store(config(root))
     assert report.problems == [] and report.plain == [] and report.without_hash == 0
     assert (report.clips, report.shards, report.lines_per_clip) == (5, 2, 9.0)
-    assert sum(report.clips_by_split.values()) == sum(report.people_by_split.values()) == 5
+    assert sum(report.clips_by_split.values()) == sum(report.groups_by_split.values()) == 5
     assert report.clips_by_category["emotion"] == 5
     assert "0 problems" in str(report) and "5 clips (5 windows) in 2 shards" in str(report)
     assert json.loads((root / "check.json").read_text())["clips"] == 5

@@ -165,6 +165,16 @@ def test_splits_share_no_person(store: ClipStore) -> None:
         assert all(split_of(name, 0, SPLITS) == split for name in ids)
 
 
+def test_a_category_that_no_clip_has(store: ClipStore) -> None:
+    policy = TrainingCaptions(CaptionPolicy(presence={"emotion": 0.5}))
+    CelebVTextDataset(store, "train", 0, policy)
+    policy = TrainingCaptions(CaptionPolicy(presence={"mood": 0.5}))
+    with pytest.raises(
+        StoreError, match=r"presence\.mood: no category of .*; it has emotion, light"
+    ):
+        CelebVTextDataset(store, "train", 0, policy)
+
+
 def test_an_empty_split_and_a_foreign_pointer(store: ClipStore, tmp_path: Path) -> None:
     write_store(tmp_path, {"a": [clip_id(1)]}, StoreSettings(8.0, 2, 8))
     lone = ClipStore.open(tmp_path, {"train": 0.0, "val": 1.0})

@@ -18,7 +18,7 @@ from dalle2_video.data.atomic import whole, write_json
 from dalle2_video.data.config import StoreSettings
 from dalle2_video.data.sources.captions import encode, to_line
 from dalle2_video.data.store.shard import ShardWriter, StoreError, shard_paths
-from dalle2_video.data.store.splits import split_of, youtube_id
+from dalle2_video.data.store.splits import Splits, assign_splits, split_of, youtube_id
 from dalle2_video.data.store.store import ClipStore, Place
 from dalle2_video.data.store.texts import ShardTexts, write_texts
 from tests.helpers.media import clip_id, clip_value, write_store
@@ -71,6 +71,57 @@ def test_a_larger_training_share_moves_only_from_val_to_train() -> None:
         before = split_of(f"{k:011d}", 0, {"train": 0.5, "val": 0.5})
         after = split_of(f"{k:011d}", 0, {"train": 0.7, "val": 0.3})
         assert (before, after) != ("train", "val")
+
+
+def test_few_groups_fill_every_split() -> None:
+    """Whatever the seed; and where none would be empty, it is `split_of` itself."""
+    for seed in range(50):
+        for count in (3, 4, 7, 30):
+            groups = [f"group {k}" for k in range(count)]
+            made = assign_splits(groups, seed, SPLITS)
+            plain = {group: split_of(group, seed, SPLITS) for group in groups}
+            assert set(made.of_group.values()) == set(SPLITS)
+            assert assign_splits(reversed(groups), seed, SPLITS) == made
+            if set(plain.values()) == set(SPLITS):
+                assert made == Splits(plain, [])
+            else:
+                changed = [group for group in groups if plain[group] != made.of_group[group]]
+                assert len(changed) == len(set(SPLITS) - set(plain.values()))
+                assert all(f"{group} (" in made.warnings[0] for group in changed)
+
+
+def test_fewer_groups_than_splits_is_a_warning() -> None:
+    made = assign_splits(["a", "b"], 0, SPLITS)
+    assert (
+        len(set(made.of_group.values())) == 2
+        and "is empty: the data have only 2" in (made.warnings[-1])
+    )
+    assert assign_splits(["a"], 0, {"train": 1.0, "val": 0.0}) == Splits({"a": "train"}, [])
+
+
+def store_of(groups: list[str | None], splits: dict[str, float], root: Path) -> ClipStore:
+    """A store of one shard whose clips, "clip 0" and so on, have these groups."""
+    places = [Place(f"clip {k:06d}", "a", k, 0, k, group) for k, group in enumerate(groups)]
+    return ClipStore(root, SETTINGS, places, splits, 0)
+
+
+def test_clips_of_one_group_share_a_split(tmp_path: Path) -> None:
+    groups: list[str | None] = [f"person {k % 40}" for k in range(200)]
+    store = store_of(groups, SPLITS, tmp_path)
+    for name in SPLITS:
+        people = {store.groups[place] for place in store.split(name)}
+        assert people and len(store.split(name)) == 5 * len(people)
+    assert store.warnings == []
+
+
+def test_one_group_alone_is_split_by_clip(tmp_path: Path) -> None:
+    for groups in (["me"] * 20, [None] * 20):  # the second: one video's id, "clip 000001"[:11]
+        places = [Place(f"clip 000001_{k}_0", "a", k, 0, k, g) for k, g in enumerate(groups)]
+        store = ClipStore(tmp_path, SETTINGS, places, SPLITS, 0)
+        assert all(store.split(name) for name in SPLITS)
+        assert sum(len(store.split(name)) for name in SPLITS) == 20
+        assert "all clips are of one group" in store.warnings[0]
+    assert store_of(["me"] * 20, {"train": 1.0}, tmp_path).warnings == []
 
 
 @pytest.mark.parametrize("bad", [{}, {"train": 0.9}, {"train": 1.5, "val": -0.5}])

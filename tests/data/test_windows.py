@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import h5py
@@ -18,7 +20,7 @@ from dalle2_video.data.media.shown import MOST_WINDOWS
 from dalle2_video.data.preprocess.check import check_store
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions
-from dalle2_video.data.store.dataset import CelebVTextDataset, embedding_keys
+from dalle2_video.data.store.dataset import CelebVTextDataset, embedding_keys, train_loader
 from dalle2_video.data.store.shard import ShardWriter, StoreError, read_index, shard_paths
 from dalle2_video.data.store.store import open_store
 from dalle2_video.faces.config import FaceFormat
@@ -170,6 +172,35 @@ def test_evaluation_meets_each_clip_once(tmp_path: Path) -> None:
     policy = EvaluationCaptions()
     first = CelebVTextDataset(store, "train", 0, policy, first_windows=True)
     assert first.keys() == [f"{clip_id(person)}:0" for person in (1, 3, 4)]
+
+
+def test_random_windows_are_one_per_clip_and_epoch(tmp_path: Path) -> None:
+    """By the sample id alone, so any rank, worker and resumed run draws the same ones."""
+    archive(tmp_path, c1=25, c3=39, c4=12)
+    made = replace(config(tmp_path), windows="random", splits={"train": 1.0})
+    preprocess(made)
+    preprocess(replace(made, windows="all"), log=pytest.fail)
+    store = open_store(made)
+    policy = TrainingCaptions(CaptionPolicy())
+    data = CelebVTextDataset(store, "train", 3, policy)
+    epochs = 600
+    keys = [data.pointer(sample_id).key for sample_id in range(3 * epochs)]
+    for epoch in range(0, len(keys), 3):
+        clips = {key.split(":")[0] for key in keys[epoch : epoch + 3]}
+        assert clips == {clip_id(1), clip_id(3), clip_id(4)}, "every clip once"
+    counts = Counter(keys)
+    assert set(counts) == {store.key(place) for place in range(6)}
+    for clip, windows in ((clip_id(1), 2), (clip_id(3), 3), (clip_id(4), 1)):
+        for window in range(windows):
+            share, spread = 1 / windows, (epochs * (windows - 1)) ** 0.5 / windows
+            assert abs(counts[f"{clip}:{window}"] - epochs * share) <= 4 * spread
+    resumed = CelebVTextDataset(store, "train", 3, policy)
+    assert [resumed.pointer(k).key for k in range(100, 120)] == keys[100:120]
+    whole = list(islice(train_loader(data, 4), 3))
+    ranks = [list(islice(train_loader(data, 2, rank, 2), 3)) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        assert batch.keys == [key for rank in ranks for key in rank[step].keys]
+    assert len(embedding_keys(store)) == 6, "every window has its embedding"
 
 
 def test_a_killed_run_with_windows_goes_on_at_the_clip(tmp_path: Path, monkeypatch) -> None:

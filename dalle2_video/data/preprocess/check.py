@@ -19,7 +19,6 @@ from dalle2_video.data.media.sheet import save_sheet
 from dalle2_video.data.preprocess.journal import stored_hash
 from dalle2_video.data.sources.captions import CONTEXT, END, START, Line
 from dalle2_video.data.store.shard import StoreError, index_paths, read_index, shard_paths
-from dalle2_video.data.store.splits import split_of, youtube_id
 from dalle2_video.data.store.store import ClipStore
 
 ON_SHEET = 12  # random clips
@@ -37,17 +36,18 @@ class CheckReport:
     shards: int
     gigabytes: float
     clips_by_split: dict[str, int]
-    people_by_split: dict[str, int]
+    groups_by_split: dict[str, int]
     lines_per_clip: float
     clips_by_category: dict[str, int]
     plain: list[str]
     without_hash: int
+    warnings: list[str]
     problems: list[str]
     sheet: str
 
     def __str__(self) -> str:
         splits = ", ".join(
-            f"{name} {clips} clips of {self.people_by_split[name]} videos"
+            f"{name} {clips} clips of {self.groups_by_split[name]} groups"
             for name, clips in self.clips_by_split.items()
         )
         texts = ", ".join(f"{name} {count}" for name, count in self.clips_by_category.items())
@@ -61,6 +61,7 @@ class CheckReport:
             rows.append(f"of one colour throughout: {len(self.plain)}, such as {self.plain[0]}")
         if self.without_hash:
             rows.append(f"made before frames were hashed: {self.without_hash} clips")
+        rows += [f"warning: {warning}" for warning in self.warnings]
         rows += [f"PROBLEM: {problem}" for problem in self.problems]
         rows.append(f"{len(self.problems)} problems; look at {self.sheet}; report in check.json")
         return "\n".join(rows)
@@ -107,7 +108,7 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
         lines += sum(map(len, texts.values()))
         problems += [f"{where}: {problem}" for problem in _texts(texts)]
     bar.close()
-    by_split, people = _splits(store, problems)
+    by_split, groups = _splits(store, problems)
     names = sorted(random.Random(seed).sample(range(len(store)), min(ON_SHEET, len(store))))
     sheet = root / "check.png"
     _draw(store, names, sheet, problems)
@@ -119,11 +120,12 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
         shards=len(store.shards),
         gigabytes=size / 1e9,
         clips_by_split=by_split,
-        people_by_split=people,
+        groups_by_split=groups,
         lines_per_clip=lines / max(1, len(hashes)),
         clips_by_category=dict(sorted(kinds.items())),
         plain=plain,
         without_hash=sum(value is None for value in hashes.values()),
+        warnings=store.warnings,
         problems=problems,
         sheet=str(sheet),
     )
@@ -149,17 +151,17 @@ def _texts(texts: dict[str, list[Line]]) -> Iterator[str]:
 
 
 def _splits(store: ClipStore, problems: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Windows and videos of each split; a video in two splits is a problem."""
+    """Windows and groups of each split; a group in two splits is a problem."""
     home: defaultdict[str, set[str]] = defaultdict(set)
     counts: dict[str, int] = {}
     for name in store.splits:
         clips = store.split(name)
         counts[name] = len(clips)
         for clip in clips:
-            home[youtube_id(store.clip_ids[clip])].add(name)
-    for video, names in home.items():
-        if names != {split_of(video, store.split_seed, store.splits)}:
-            problems.append(f"video {video} leaks: it is in the splits {', '.join(sorted(names))}")
+            home[store.groups[clip]].add(name)
+    for group, names in home.items():
+        if names != {store.split_of_group[group]}:
+            problems.append(f"group {group} leaks: it is in the splits {', '.join(sorted(names))}")
     if sum(counts.values()) != len(store):
         problems.append(f"the splits hold {sum(counts.values())} of {len(store)} clips")
     return counts, {name: sum(name in names for names in home.values()) for name in counts}

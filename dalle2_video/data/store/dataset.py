@@ -161,8 +161,14 @@ class CelebVTextDataset:
                 "preprocess more archives or change data.splits"
             )
         self.num_images, self._image_seed = num_images, keyed.key(seed, "seed", "images")
+        self._check_presence()
         shards = store.shard_numbers(self.clips)
-        self._order = ClipOrder(len(self.clips), seed, shards)
+        # Of each clip that training goes through: its first window in the split, and how many.
+        windows = store.windows[self.clips]
+        is_first = windows == 0 if store.draw_windows else np.ones(len(windows), bool)
+        self._first = np.flatnonzero(is_first)
+        self._count = np.diff(self._first, append=len(windows))
+        self._order = ClipOrder(len(self._first), seed, shards[self._first])
         self._image_order = ClipOrder(len(self.clips), self._image_seed, shards)
 
     def __len__(self) -> int:
@@ -176,9 +182,22 @@ class CelebVTextDataset:
         """All clip keys of the split, in index order: the order of `eval_loader`."""
         return [self.key(index) for index in range(len(self))]
 
+    def _check_presence(self) -> None:
+        """StoreError where the caption policy names a category that no clip has."""
+        policy = getattr(self.captions, "policy", None)
+        for name in (policy.presence if policy else None) or {}:
+            if name not in self.store.categories:
+                raise StoreError(
+                    f"captions.presence.{name}: no category of {self.store.root}; it has "
+                    f"{', '.join(self.store.categories)}"
+                )
+
     def pointer(self, sample_id: int) -> Pointer:
-        """The clip that training uses at this global sample id."""
-        index = self._order(sample_id)
+        """The window that training uses at this global sample id."""
+        clip = self._order(sample_id)
+        index = int(self._first[clip])
+        if self._count[clip] > 1:
+            index += keyed.key(self.seed, sample_id, "window") % int(self._count[clip])
         return Pointer(sample_id, index, self.key(index), self.num_images)
 
     def eval_pointer(self, index: int) -> Pointer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import numpy as np
 from dalle2_video.data.config import DataConfig, StoreSettings
 from dalle2_video.data.media.decode import decode_window
 from dalle2_video.data.media.frame import ClipError
-from dalle2_video.data.sources.captions import Line
+from dalle2_video.data.sources.captions import Line, in_order
 from dalle2_video.data.store.shard import (
     ShardReader,
     StoreError,
@@ -21,18 +23,21 @@ from dalle2_video.data.store.shard import (
     read_index,
     shard_paths,
 )
-from dalle2_video.data.store.splits import split_of, youtube_id
+from dalle2_video.data.store.splits import assign_splits, youtube_id
 from dalle2_video.data.store.texts import ShardTexts
 
 
 class Place(NamedTuple):
-    """Where a window lies: clip id, shard, row of its frames, number in its clip, row of texts."""
+    """Where a window lies: clip id, shard, row of its frames, number in its clip, row of texts; and
+    the group that it shares its split with, None: the id of its video.
+    """
 
     clip: str
     shard: str
     row: int
     window: int
     text_row: int
+    group: str | None = None
 
 
 class ClipStore:
@@ -40,8 +45,10 @@ class ClipStore:
     then rows.
 
     A window is what training calls a clip: addressed by its position 0 .. len - 1, with the clip id
-    in `clip_ids` and its number within that clip in `windows`. Each process opens its
-    own file handles, so an instance may be forked or pickled into workers.
+    in `clip_ids`, its number within that clip in `windows`, and what it shares its split with in
+    `groups`. warnings: what a user should know of the splits. draw_windows: whether training takes
+    one window of a clip per epoch. Each process opens its own file handles, so an instance may be
+    forked or pickled into workers.
     """
 
     def __init__(
@@ -51,9 +58,12 @@ class ClipStore:
         clips: list[Place],
         splits: Mapping[str, float],
         split_seed: int,
+        draw_windows: bool = False,
     ) -> None:
+        self.draw_windows = draw_windows
         self.root, self.settings = root, settings
         self.splits, self.split_seed = dict(splits), split_seed
+        self.groups, self.warnings = _groups(clips, splits)
         self.clip_ids = [clip.clip for clip in clips]
         self.shards = sorted({clip.shard for clip in clips})
         number = {shard: i for i, shard in enumerate(self.shards)}
@@ -64,14 +74,21 @@ class ClipStore:
         self._handles: dict[str, ShardReader] = {}
         self._texts: dict[str, ShardTexts] = {}
         self._pid = os.getpid()
+        made = assign_splits(self.groups, split_seed, splits) if splits else None
+        self.split_of_group = made.of_group if made else {}
+        self.warnings += made.warnings if made else []
 
     @classmethod
     def open(
-        cls, root: str | os.PathLike[str], splits: Mapping[str, float], split_seed: int = 0
+        cls,
+        root: str | os.PathLike[str],
+        splits: Mapping[str, float],
+        split_seed: int = 0,
+        draw_windows: bool = False,
     ) -> ClipStore:
         """Reads the index. StoreError, naming the file, for a missing or mismatched shard.
 
-        splits: name -> fraction, and split_seed, as `split_of` takes them.
+        splits: name -> fraction, and split_seed, as `assign_splits` takes them.
         """
         root = Path(root)
         paths = index_paths(root)
@@ -94,11 +111,12 @@ class ClipStore:
                     raise StoreError(f"clip {clip['clip']} is in two shards: {other}, {path.stem}")
                 for window in range(clip["windows"]):
                     row = clip["row"] + window
-                    clips.append(Place(clip["clip"], path.stem, row, window, number))
+                    group = clip.get("group")
+                    clips.append(Place(clip["clip"], path.stem, row, window, number, group))
                     rows += 1
             check_shard(root, path.stem, made, rows)
         assert settings is not None
-        return cls(root, settings, clips, splits, split_seed)
+        return cls(root, settings, clips, splits, split_seed, draw_windows)
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -119,11 +137,7 @@ class ClipStore:
         """Positions of the clips of one split, in order; StoreError for an unknown name."""
         if name not in self.splits:
             raise StoreError(f"no split {name!r}; data.splits has {', '.join(self.splits)}")
-        return [
-            i
-            for i, clip_id in enumerate(self.clip_ids)
-            if split_of(youtube_id(clip_id), self.split_seed, self.splits) == name
-        ]
+        return [i for i, group in enumerate(self.groups) if self.split_of_group[group] == name]
 
     def frames(self, clips: Sequence[int]) -> np.ndarray:
         """uint8 (B, F, H, W, 3) of the given positions, in the given order, read in file order.
@@ -168,12 +182,20 @@ class ClipStore:
         """float64 (F,): the time stamps in seconds of the clip's frames."""
         return self._open(self.home(clip)).timestamps(int(self._row[clip]))
 
+    @cached_property
+    def categories(self) -> list[str]:
+        """The categories of captions that any clip of the store has, in order."""
+        found = {name for shard in self.shards for name in self._texts_of(shard).used()}
+        return sorted(found, key=in_order)
+
     def lines(self, clip: int) -> dict[str, list[Line]]:
         """The clip's lines by category, with their tokens."""
-        shard = self.home(clip)
+        return self._texts_of(self.home(clip)).lines(int(self._text_row[clip]))
+
+    def _texts_of(self, shard: str) -> ShardTexts:
         if shard not in self._texts:
             self._texts[shard] = ShardTexts(shard_paths(self.root, shard)[1])
-        return self._texts[shard].lines(int(self._text_row[clip]))
+        return self._texts[shard]
 
     def _open(self, shard: str) -> ShardReader:
         if self._pid != os.getpid():  # a forked child opens its own
@@ -190,9 +212,24 @@ class ClipStore:
         return {**self.__dict__, "_handles": {}, "_texts": {}}
 
 
+def _groups(clips: Sequence[Place], splits: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """(group of each position, warnings): clips of one group alone are groups by themselves."""
+    groups = [sys.intern(youtube_id(c.clip) if c.group is None else c.group) for c in clips]
+    ids = [clip.clip for clip in clips]
+    several = sum(fraction > 0 for fraction in splits.values()) > 1
+    if several and len(set(groups)) == 1 and len(set(ids)) > 1:
+        cause = (
+            f"all clips are of one group, {groups[0]}: they are split one by one, so what is "
+            "measured on val may be known from train"
+        )
+        return ids, [cause]
+    return groups, []
+
+
 def open_store(config: DataConfig) -> ClipStore:
     """The store of this configuration; StoreError where it is absent or made otherwise."""
-    store = ClipStore.open(config.store, config.splits, config.split_seed)
+    draw = config.windows == "random"
+    store = ClipStore.open(config.store, config.splits, config.split_seed, draw)
     if store.settings != config.settings:
         raise StoreError(
             f"{config.store} holds clips of {store.settings}, data asks for {config.settings}: "

@@ -78,6 +78,10 @@ class ShardTexts:
         except Exception as error:
             raise StoreError(f"{path} is damaged ({error}): delete it, run preprocess") from error
 
+    def used(self) -> list[str]:
+        """The categories that have a line."""
+        return [self.names[number] for number in sorted(set(self.category.tolist()))]
+
     def lines(self, row: int) -> dict[str, list[Line]]:
         """The lines of one row by category."""
         found: dict[str, list[Line]] = {}
