@@ -7,6 +7,7 @@
     python -m benchmarks.data index
     python -m benchmarks.data memory
     python -m benchmarks.data storage --real data/real
+    python -m benchmarks.data skipping --real data/real
 
 `preprocess` makes clips like CelebV-Text's from the real ones (512 px, 25 fps, 14 s, 5.7 Mbit/s,
 which is 700 GB over 70,000 clips), a few that are repeated under new ids, and times in turn, in the
@@ -16,7 +17,10 @@ the straightforward way (OpenCV reads 150 frames, PIL resizes each to 224 px, fl
 opens 70,000 clips over 70 shards and shuffles an epoch. `memory` takes the peak of each process
 while 1,000 and 10,000 clips (archives of 1,000, small ones) are preprocessed and read. `storage`
 stores the real clips raw and as h264 at 64, 128 and 256 px, and takes bytes, PSNR between the two
-and the time to read. Each writes benchmarks/results/data_<name>.json; the ratios are of one run.
+and the time to read. `skipping` times `decode_clip` of clips of 512 px, 25 fps, 14 s with and
+without leaving out the H.264 frames that are not needed and that no other refers to, in turn, in
+processor seconds of one process; at x264's default quality and at CelebV-Text's rate. Each writes
+benchmarks/results/data_<name>.json; the ratios are of one run.
 """
 
 import argparse
@@ -36,6 +40,7 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import h5py
@@ -46,6 +51,8 @@ from PIL import Image
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import CATEGORIES, CaptionPolicy, DataConfig, StoreSettings
+from dalle2_video.data.media import stream as media_stream
+from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.pool import WorkerPool
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.captions import TrainingCaptions, to_line
@@ -69,16 +76,22 @@ SPLITS = {"train": 0.9, "val": 0.05, "test": 0.05}
 # ---------------------------------------------------------------- clips
 
 
-def like_celebvtext(video: bytes) -> bytes:
-    """A real clip, enlarged and played to and fro until it lasts SECONDS, at CelebV-Text's rate."""
+def like_celebvtext(video: bytes, bits: int | None = BITS) -> bytes:
+    """A real clip, enlarged and played to and fro until it lasts SECONDS, at CelebV-Text's rate.
+
+    bits: per second; None = x264's default, which is a quality (crf 23).
+    """
     with av.open(io.BytesIO(video)) as container:
         frames = [frame for frame in container.decode(video=0)]
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(RATE))
         stream.width = stream.height = SIDE
-        stream.pix_fmt, stream.bit_rate = "yuv420p", BITS
-        stream.options = {"preset": "medium"}
+        stream.pix_fmt, stream.options = "yuv420p", {"preset": "medium"}
+        if bits is None:
+            stream.options = {**stream.options, "crf": "23"}
+        else:
+            stream.bit_rate = bits
         for k in range(RATE * SECONDS):
             place = k % (2 * len(frames) - 2)
             source = frames[min(place, 2 * len(frames) - 2 - place)]
@@ -89,13 +102,18 @@ def like_celebvtext(video: bytes) -> bytes:
     return file.getvalue()
 
 
-def write_archive(real: Path, path: Path, kinds: int, clips: int) -> float:
-    """A zip of `clips` clips, `kinds` different ones; returns megabytes per clip."""
+def real_videos(real: Path, kinds: int) -> list[bytes]:
+    """`kinds` of the real clips, evenly chosen."""
     videos: list[bytes] = []
     for archive in sorted(real.glob("*.zip")):
         with zipfile.ZipFile(archive) as file:
             videos += [file.read(name) for name in file.namelist() if name.endswith(".mp4")]
-    chosen = [like_celebvtext(video) for video in videos[:: max(1, len(videos) // kinds)][:kinds]]
+    return videos[:: max(1, len(videos) // kinds)][:kinds]
+
+
+def write_archive(real: Path, path: Path, kinds: int, clips: int) -> float:
+    """A zip of `clips` clips, `kinds` different ones; returns megabytes per clip."""
+    chosen = [like_celebvtext(video) for video in real_videos(real, kinds)]
     with zipfile.ZipFile(path, "w") as file:
         for k in range(clips):
             name = f"bench_{k:05d}_0_0"
@@ -354,6 +372,41 @@ def bench_storage(real: Path, out: Path, rounds: int) -> dict:
     return figures
 
 
+# ---------------------------------------------------------------- skipping
+
+
+def bench_skipping(real: Path, rounds: int) -> dict:
+    """Median over clips and rounds of seconds without skipping over seconds with it."""
+    figures: dict[str, float] = {}
+    videos = real_videos(real, 4)
+    for kind, bits in (("default_quality", None), ("5.7_megabits", BITS)):
+        clips = [like_celebvtext(video, bits) for video in videos]
+        for windows in ("one", "all"):
+            ratios, spent = [], []
+            for _ in range(rounds):
+                for clip in clips:
+                    with mock.patch.object(media_stream, "_is_unreferenced", lambda *_: False):
+                        without = _decode_seconds(clip, windows)
+                    spent.append(_decode_seconds(clip, windows))
+                    ratios.append(without / spent[-1])
+            name = f"{kind}_windows_{windows}"
+            figures |= {
+                f"{name}_without_over_with": statistics.median(ratios),
+                f"{name}_lowest_ratio": min(ratios),
+                f"{name}_highest_ratio": max(ratios),
+                f"{name}_milliseconds_with": 1e3 * statistics.median(spent),
+            }
+        figures[f"{kind}_megabytes_per_clip"] = statistics.mean(map(len, clips)) / 1e6
+    return figures
+
+
+def _decode_seconds(clip: bytes, windows: str) -> float:
+    """Processor seconds of the decoding that preprocess does."""
+    begun = time.process_time()
+    decode_clip(clip, SETTINGS.fps, SETTINGS.num_frames, SETTINGS.size, windows=windows)
+    return time.process_time() - begun
+
+
 # ---------------------------------------------------------------- memory
 
 PREPROCESS = """
@@ -442,7 +495,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["preprocess", "read", "index", "memory", "storage"])
+    parser.add_argument(
+        "what", choices=["preprocess", "read", "index", "memory", "storage", "skipping"]
+    )
     parser.add_argument("--real", type=Path, default=Path("data/real"), help="of real_clips.py")
     parser.add_argument("--out", type=Path, default=Path("data/bench"), help="scratch space")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -458,6 +513,8 @@ def main() -> None:
         figures = bench_index(a.out)
     elif a.what == "memory":
         figures = bench_memory(a.out)
+    elif a.what == "skipping":
+        figures = bench_skipping(a.real, a.rounds)
     else:
         figures = bench_storage(a.real, a.out, a.rounds)
     figures |= provenance()

@@ -1,9 +1,9 @@
-"""HDR, wide gamut, interlaced and transparent video come out as plain opaque BT.709 SDR."""
+"""HDR, wide-gamut and transparent video come out as opaque BT.709 SDR."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import av
 import numpy as np
@@ -12,7 +12,14 @@ from PIL import Image
 
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.frame import frame_to_rgb, square
-from tests.helpers.media import PATCHES, grey_steps, patch_colours, write_video
+from tests.helpers.media import (
+    PATCHES,
+    frame_of,
+    grey_steps,
+    patch_colours,
+    write_codes,
+    write_video,
+)
 
 PQ, HLG = 16, 18  # transfers, ITU-T H.273
 WHITE = 203.0  # cd/m2 of SDR white in HDR, ITU-R BT.2408
@@ -51,45 +58,6 @@ def bt2020_codes(signal: np.ndarray) -> np.ndarray:
     y = signal @ [0.2627, 0.6780, 0.0593]
     cb, cr = (blue - y) / 1.8814, (red - y) / 1.4746
     return np.stack([876 * y + 64, 896 * cb + 512, 896 * cr + 512], -1).round()
-
-
-def write_codes(
-    images: Sequence[np.ndarray],
-    pix_fmt: str,
-    codec: str,
-    form: str = "mp4",
-    tags: Mapping[str, int] | None = None,
-    options: Mapping[str, str] | None = None,
-    rate: int = 10,
-) -> bytes:
-    """A video of given plane codes (H, W, planes); the chroma of a 4:2:0 format takes every second
-    one. tags: of the codec context and the frames, such as color_trc.
-    """
-    file = io.BytesIO()
-    with av.open(file, "w", format=form) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt, stream.options = pix_fmt, dict(options or {})
-        for name, value in (tags or {}).items():
-            setattr(stream.codec_context, name, value)
-        for image in images:
-            container.mux(stream.encode(frame_of(image, pix_fmt, tags or {})))
-        container.mux(stream.encode())
-    return file.getvalue()
-
-
-def frame_of(image: np.ndarray, pix_fmt: str, tags: Mapping[str, int]) -> av.VideoFrame:
-    """A frame with the codes (H, W, planes)."""
-    frame = av.VideoFrame(image.shape[1], image.shape[0], pix_fmt)
-    dtype = np.uint16 if "10le" in pix_fmt else np.uint8
-    for number, plane in enumerate(frame.planes):
-        step = image.shape[1] // plane.width
-        padded = np.zeros((plane.height, plane.line_size // dtype().itemsize), dtype)
-        padded[:, : plane.width] = image[::step, ::step, number]
-        plane.update(padded)
-    for name, value in tags.items():
-        setattr(frame, name, value)
-    return frame
 
 
 def tagged(trc: int, primaries: int = 9) -> dict[str, int]:
@@ -185,80 +153,6 @@ def test_a_wide_hdr_frame_is_its_centre_square(width: int, height: int) -> None:
     light = np.interp(np.interp(centre, np.arange(width), ramp), pq_signal(nits), nits) / WHITE
     expected = 255 * np.minimum(1, light) ** (1 / 2.4)
     assert np.abs(frame.astype(float) - expected[None, :, None]).max() <= 4
-
-
-# ---------------------------------------------------------------- interlaced
-
-
-def edges(count: int) -> list[np.ndarray]:
-    """(64, 64, 3) each: a bright area that grows by 2 columns per field, lower lines first."""
-    images = []
-    for k in range(count):
-        image = np.full((64, 64, 3), 128)
-        image[:, :, 0] = 40
-        image[1::2, : 8 + 4 * k, 0] = 200
-        image[0::2, : 10 + 4 * k, 0] = 200
-        images.append(image)
-    return images
-
-
-INTERLACED = {
-    "H.264": ("libx264", "mp4", {"flags": "+ilme+ildct", "qp": "0", "bf": "0"}),
-    "H.264 with B-frames": ("libx264", "matroska", {"flags": "+ilme+ildct", "qp": "1", "bf": "2"}),
-    "MPEG-2": ("mpeg2video", "mpegts", {"flags": "+ilme+ildct", "b": "9000000"}),
-}
-
-
-@pytest.mark.parametrize("kind", INTERLACED)
-def test_a_moving_edge_has_no_combing(kind: str) -> None:
-    """Each frame is as its first field has it, at its own time."""
-    codec, form, options = INTERLACED[kind]
-    video = write_codes(edges(12), "yuv420p", codec, form, None, options)
-    with av.open(io.BytesIO(video)) as container:
-        before = list(container.decode(video=0))
-    assert all(frame.interlaced_frame for frame in before)
-    combed = np.stack([frame_to_rgb(frame) for frame in before]).astype(int)
-    assert np.abs(np.diff(combed, axis=1)).max() > 100, "the test needs combing"
-
-    clip = decode_clip(video, 10.0, 12, 64)
-    assert clip.converted == ("deinterlaced",)
-    assert clip.timestamps.tolist() == [frame.time - before[0].time for frame in before]
-    assert np.abs(np.diff(clip.frames.astype(int), axis=1)).max() <= 8
-    bright = (clip.frames[..., 1] > 120).sum(2)
-    assert (bright == 8 + 4 * np.arange(12)[:, None]).all()
-
-
-def test_still_parts_of_an_interlaced_file_stay_sharp() -> None:
-    """Where nothing moves both fields are used: single bright lines are not lost."""
-    image = np.full((64, 64, 3), 128)
-    image[:, :, 0] = 40
-    image[10:50:8, :, 0] = 200
-    codec, form, options = INTERLACED["H.264"]
-    video = write_codes([image] * 6, "yuv420p", codec, form, None, options)
-    with av.open(io.BytesIO(video)) as container:
-        plain = np.stack([frame_to_rgb(frame) for frame in container.decode(video=0)])
-    clip = decode_clip(video, 10.0, 6, 64)
-    assert np.abs(clip.frames[1:-1].astype(int) - plain[1:-1]).max() <= 2
-
-
-def test_some_of_an_interlaced_file_at_other_times() -> None:
-    codec, form, options = INTERLACED["H.264 with B-frames"]
-    video = write_codes(edges(12), "yuv420p", codec, form, None, options)
-    every = decode_clip(video, 10.0, 12, 64)
-    some = decode_clip(video, 2.5, 2, 64, start=0.2)
-    assert np.array_equal(some.frames, every.frames[[2, 6]])
-    full = decode_clip(video, 1.0, 4, 64, span="full")
-    assert np.array_equal(full.frames, every.frames[[0, 3, 6, 9]])
-
-
-@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
-def test_progressive_frames_are_not_touched(codec: str) -> None:
-    form = "mp4" if codec == "libx264" else "mpegts"
-    video = write_codes(edges(12), "yuv420p", codec, form)
-    with av.open(io.BytesIO(video)) as container:
-        plain = np.stack([frame_to_rgb(frame, 64) for frame in container.decode(video=0)])
-    clip = decode_clip(video, 10.0, 12, 64)
-    assert clip.converted == () and np.array_equal(clip.frames, plain)
 
 
 # ---------------------------------------------------------------- alpha

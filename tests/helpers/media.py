@@ -88,6 +88,45 @@ def write_video(
     return index_first(data) if faststart else data
 
 
+def write_codes(
+    images: Sequence[np.ndarray],
+    pix_fmt: str,
+    codec: str,
+    form: str = "mp4",
+    tags: Mapping[str, int] | None = None,
+    options: Mapping[str, str] | None = None,
+    rate: int = 10,
+) -> bytes:
+    """A video of given plane codes (H, W, planes); the chroma of a 4:2:0 format takes every second
+    one. tags: of the codec context and the frames, such as color_trc.
+    """
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt, stream.options = pix_fmt, dict(options or {})
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        for image in images:
+            container.mux(stream.encode(frame_of(image, pix_fmt, tags or {})))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def frame_of(image: np.ndarray, pix_fmt: str, tags: Mapping[str, int]) -> av.VideoFrame:
+    """A frame with the codes (H, W, planes)."""
+    frame = av.VideoFrame(image.shape[1], image.shape[0], pix_fmt)
+    dtype = np.uint16 if "10le" in pix_fmt else np.uint8
+    for number, plane in enumerate(frame.planes):
+        step = image.shape[1] // plane.width
+        padded = np.zeros((plane.height, plane.line_size // dtype().itemsize), dtype)
+        padded[:, : plane.width] = image[::step, ::step, number]
+        plane.update(padded)
+    for name, value in tags.items():
+        setattr(frame, name, value)
+    return frame
+
+
 def index_first(data: bytes) -> bytes:
     """The same mp4 with its index before the frames, so that a cut leaves it readable in part."""
     boxes, place = [], 0

@@ -17,6 +17,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from dalle2_video.data.media.animation import decode_animation, is_picture
 from dalle2_video.data.media.deinterlace import Deinterlacer
 from dalle2_video.data.media.frame import ClipError, frame_to_rgb, square
 from dalle2_video.data.media.shown import DecodedClip, ShownFrames, Wanted
@@ -45,12 +46,14 @@ def decode_clip(
     its length. windows: "one", or "all": as many times num_frames frames as the stream is long
     (F = windows x num_frames; what is left over at the end is not used).
 
-    `source` is a path or the bytes of a video file. Decoding stops at the last frame needed, and
-    in H.264 leaves out frames that neither are needed nor have others built upon them. The last
-    frame of a stream lasts for its own duration, or else for that of a frame on average. Raises
-    ClipError, naming the cause, for what is no video, is damaged or truncated where it is needed,
-    or is too short.
+    `source` is a path or the bytes of a video file, or of an animated PNG or WebP. Decoding stops
+    at the last frame needed, and in H.264 leaves out frames that neither are needed nor have others
+    built upon them. The last frame of a stream lasts for its own duration, or else for that of a
+    frame on average. Raises ClipError, naming the cause, for what is no video, is damaged or
+    truncated where it is needed, or is too short.
     """
+    if is_picture(source):
+        return decode_animation(source, size, num_frames, fps, start, span, windows)
     shown: _ShownStream | None = None
     try:
         step = stream_length(source) / num_frames if span == "full" else 1 / fps

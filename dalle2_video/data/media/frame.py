@@ -42,6 +42,7 @@ _MATRIX = {
 }
 _EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 EXACT_BILINEAR = Interpolation.BILINEAR | _EXACT
+ALPHA_NOTE = "alpha on black"
 _RGB = {8: "rgb24", 16: "rgb48le"}  # bits of a channel -> ffmpeg's packed format
 _RGBA = {8: "rgba", 16: "rgba64le"}
 
@@ -85,7 +86,7 @@ def square(frame: av.VideoFrame, size: int, aspect: float) -> Square:
     """
     note = gamut_note(frame)
     depth = 8 if note is None else 16
-    rgb, converted = _on_black(frame, depth), ["alpha on black"]
+    rgb, converted = _on_black(frame, depth), [ALPHA_NOTE]
     if rgb is None:
         rgb, converted = frame_to_rgb(frame, _shrunk(frame, size, aspect), _RGB[depth]), []
     image, aspect = _upright(rgb, aspect, _display_matrix(frame))
@@ -111,8 +112,14 @@ def _on_black(frame: av.VideoFrame, depth: int) -> np.ndarray | None:
     """RGB (H, W, 3) of `depth` bits times alpha; None where no pixel is transparent."""
     if not any(component.is_alpha for component in frame.format.components):
         return None
-    rgba = frame_to_rgb(frame, None, _RGBA[depth])
-    opaque = np.uint32(2**depth - 1)
+    return on_black(frame_to_rgb(frame, None, _RGBA[depth]))
+
+
+def on_black(rgba: np.ndarray) -> np.ndarray | None:
+    """RGB (H, W, 3) times alpha, of uint8 or uint16 RGBA (H, W, 4) whose alpha is not yet applied;
+    None where no pixel is transparent.
+    """
+    opaque = np.uint32(np.iinfo(rgba.dtype).max)
     if (rgba[..., 3] == opaque).all():
         return None
     product = rgba[..., :3] * rgba[..., 3:].astype(np.uint32)
