@@ -15,10 +15,9 @@ and why, is in <data.out>/manifest.json.
 import shlex
 from collections.abc import Sequence
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dalle2_video.cli import script
+from dalle2_video.cli import TYPED, script
 
 
 @script("part", "parts", "check", "faces", "data")
@@ -45,8 +44,8 @@ def main(cfg: DictConfig) -> None:
     print("splits: " + ", ".join(f"{name} {len(store.split(name))}" for name in store.splits))
     for warning in store.warnings:
         print(f"warning: {warning}")
-    if HydraConfig.initialized():
-        print(f"next: {next_command(HydraConfig.get().overrides.task)}")
+    if TYPED:
+        print(f"next: {next_command(TYPED)}")
 
 
 def next_command(overrides: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ TRAINING = tuple(
     "train_name run_dir seed validation mixed_precision force timeout_minutes tracker use_wandb "
     "wandb_project wandb_entity wandb_tags wandb_mode faces data".split()
 )
+TYPED: list[str] = []  # the command line as the user wrote it, once a script has read it
 SEVERAL = {"-m", "--multirun"}  # jobs of one command
 NOT_IN_A_NAME = ("train_name", "run_dir", "unet")  # they lead to folders of their own
 # What users may have typed before, as a pattern of the whole argument -> what to type now.
@@ -85,6 +86,7 @@ def script(*reads: str) -> Callable[[Callable[[DictConfig], None]], Callable[...
                 if {"--help", "-h"} & set(arguments):
                     print(_help(main.__globals__["__doc__"], reads, arguments))
                     return
+                TYPED[:] = sys.argv[1:]
                 sys.argv[1:] = name_jobs(arguments)
                 with named_keys():
                     hydra.main(version_base=None, config_path=str(CONFIGS), config_name="config")(
