@@ -258,7 +258,7 @@ def test_a_table_that_cannot_be_read_is_listed(
 def test_tars_of_pairs(tmp_path: Path, form: str) -> None:
     root = tmp_path / "data"
     mode = "w" if form == "tar" else "w:gz"
-    note = {"caption": "A cat.", "url": "http://x", "width": 32, "sha256": "ab", "tags": ["Grey."]}
+    note = {"caption": "A cat.", "url": "elsewhere", "width": 32, "sha256": "ab", "tags": ["Grey."]}
     write_tar(
         root / f"00000.{form}",
         {
