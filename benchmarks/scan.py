@@ -20,7 +20,6 @@ from pathlib import Path
 
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.sources.find import find_sources
-from dalle2_video.provenance import provenance
 
 FILES, ROWS, FOLDERS = 100_000, 1_000_000, 100
 CAPTION = "A man, number {}, talks to the camera, then smiles."
@@ -48,6 +47,9 @@ def main() -> None:
             found = json.loads(done.stdout)
             print(f"{name}: {found}")
             figures |= {f"{name}_{key}": value for key, value in found.items()}
+    # Imports torch, and a process begins with the peak of the one that started it.
+    from dalle2_video.provenance import provenance
+
     write_json(Path(given.out), figures | provenance())
 
 

@@ -104,7 +104,7 @@ class Member:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """Something that was left out: which archive, which member of it ("" = all), why. Bytes of a
     name that are not UTF-8 are escaped.
@@ -121,8 +121,11 @@ class Problem:
 
 def escaped(name: str) -> str:
     """A name of a file system or an archive as text that every file can hold."""
-    raw = name.encode("utf-8", "surrogateescape")
-    return raw.decode("utf-8", "backslashreplace")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name
 
 
 def _open_zip(archive: str) -> tuple[zipfile.ZipFile, dict[int, zipfile.ZipInfo]]:

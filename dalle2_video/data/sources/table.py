@@ -48,6 +48,7 @@ BOOKKEEPING = frozenset(
         *("__key__", "__url__", "split", "date", "timestamp", "mime", "format", "extension"),
     }
 )
+TABLE_HEADER = 1 << 16  # bytes in which the first line ends
 csv.field_size_limit(1 << 20)
 
 
@@ -142,10 +143,10 @@ class _Media:
 def _read_table(table: File, wanted: Columns, media: _Media, clips: Clips) -> None:
     """Adds the captions and groups of every row; TableError where it has no fitting columns."""
     folder, name = posixpath.split(table.path)
-    text = _decoded(table.member)
-    columns = _columns(text, name, wanted)
+    data = _checked(table.member)
+    columns = _columns(data, name, wanted)
     archive = table.member.shown_archive
-    for number, row in _rows(text, name):
+    for number, row in _rows(data, name):
         where = f"{table.member.name}:{number}"
         file_name = row.get(columns.file) if columns.file else None
         if None in row:
@@ -179,34 +180,33 @@ def _add_row(
 # ---------------------------------------------------------------- reading
 
 
-def _decoded(member: Member) -> str:
+def _checked(member: Member) -> bytes:
+    """The bytes of a table, which are UTF-8."""
     data = member.read()
     try:
-        return data.decode("utf-8-sig")
+        data.decode("utf-8")
+        return data
     except UnicodeDecodeError as error:
         raise TableError(
             f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); save it as UTF-8"
         ) from error
 
 
-def _rows(text: str, name: str) -> Iterator[tuple[int, dict[Any, Any]]]:
+def _rows(data: bytes, name: str) -> Iterator[tuple[int, dict[Any, Any]]]:
     """(line number, row) of a table; the key None holds cells that the header does not name."""
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
     if name.lower().endswith(".jsonl"):
-        for number, line in enumerate(io.StringIO(text), 1):
+        for number, line in enumerate(text, 1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise TableError(f"line {number} is no JSON ({error})") from error
-                if not isinstance(row, dict):
-                    raise TableError(f"line {number} is no JSON object")
-                yield number, row
+                yield number, _json_row(line, number)
         return
-    delimiter = "\t" if name.lower().endswith(".tsv") else _delimiter(text)
     first = 0
-    if hint := re.match(r"sep=(.)\r?\n", text, re.I):  # of Excel, for itself
-        delimiter, text, first = hint[1], text[hint.end() :], 1
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = data[:TABLE_HEADER].decode("utf-8-sig", "ignore").split("\n", 1)[0]
+    delimiter = "\t" if name.lower().endswith(".tsv") else _delimiter(header)
+    if hint := re.fullmatch(r"sep=(.)\r?", header, re.I):  # of Excel, for itself
+        delimiter, first = hint[1], 1
+        text.readline()
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     names = [name.strip() for name in reader.fieldnames or ()]
     if len(set(names)) != len(names):
         raise TableError(f"two columns have one name: {', '.join(names)}")
@@ -218,16 +218,25 @@ def _rows(text: str, name: str) -> Iterator[tuple[int, dict[Any, Any]]]:
         raise TableError(f"line {first + reader.reader.line_num}: {error}") from error
 
 
-def _delimiter(text: str) -> str:
+def _json_row(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"line {number} is no JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise TableError(f"line {number} is no JSON object")
+    return row
+
+
+def _delimiter(header: str) -> str:
     """A comma, or what spreadsheets of other countries write instead."""
-    header = text.split("\n", 1)[0]
     return "," if "," in header else ";" if ";" in header else "\t" if "\t" in header else ","
 
 
-def _columns(text: str, name: str, wanted: Columns) -> Columns:
+def _columns(data: bytes, name: str, wanted: Columns) -> Columns:
     """The columns of a table: file, group or None, and those of captions."""
     seen: dict[str, bool] = {}  # column -> whether it has words
-    for _, row in _rows(text, name):
+    for _, row in _rows(data, name):
         for column, value in row.items():
             if column is not None and not seen.get(column):
                 seen[column] = not isinstance(value, str | int | float) or not _is_number(value)
