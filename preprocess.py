@@ -12,12 +12,9 @@ is only read. The same command continues after a stop and adds what came since. 
 and why, is in <data.out>/manifest.json.
 """
 
-import shlex
-from collections.abc import Sequence
-
 from omegaconf import DictConfig
 
-from dalle2_video.cli import TYPED, script
+from dalle2_video.cli import command_like_this, script
 
 
 @script("part", "parts", "check", "faces", "data")
@@ -44,19 +41,7 @@ def main(cfg: DictConfig) -> None:
     print("splits: " + ", ".join(f"{name} {len(store.split(name))}" for name in store.splits))
     for warning in store.warnings:
         print(f"warning: {warning}")
-    if TYPED:
-        print(f"next: {next_command(TYPED)}")
-
-
-def next_command(overrides: Sequence[str]) -> str:
-    """The command that trains the first stage on what these overrides have preprocessed."""
-    ours = ("data.workers=", "data.overwrite=", "data.seconds_per_clip=")
-    kept = [
-        word
-        for word in overrides
-        if word.startswith(("experiment=", "data.", "faces.")) and not word.startswith(ours)
-    ]
-    return shlex.join(["python", "train_clip.py", *kept, "train_name=run1"])
+    print(f"next: {command_like_this('train_clip.py', 'train_name=run1')}")
 
 
 if __name__ == "__main__":

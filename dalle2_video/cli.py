@@ -10,6 +10,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -155,6 +156,17 @@ def name_jobs(arguments: Sequence[str]) -> list[str]:
     same = [one.get_key_element() for one in parsed if not one.is_sweep_override()]
     excluded = ",".join(f"'{key}'" for key in [*NOT_IN_A_NAME, *same])
     return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
+
+
+def command_like_this(script: str, *more: str) -> str:
+    """The command line of another script for the same experiment and data, as it is typed."""
+    ours = ("data.workers=", "data.overwrite=", "data.seconds_per_clip=")
+    kept = [
+        word
+        for word in TYPED
+        if word.startswith(("experiment=", "data", "faces")) and not word.startswith(ours)
+    ]
+    return shlex.join(["python", script, *kept, *more])
 
 
 def sweep_folder(run_dir: str, overrides: str) -> str:

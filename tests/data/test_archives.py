@@ -16,19 +16,11 @@ from dalle2_video.data.config import CATEGORIES
 from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.member import ArchiveError
 from dalle2_video.data.sources.source import Catalogue
+from tests.helpers.files import write_tar
 from tests.helpers.media import captions, clip_id, write_zip
 
 A, B, C = clip_id(1), clip_id(2), clip_id(3)
 find = partial(find_sources, layout="celebvtext")
-
-
-def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def layout(clips: list[str], videos: str = "videos/celebvtext_6", texts: str = "texts") -> dict:

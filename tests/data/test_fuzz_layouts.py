@@ -15,9 +15,8 @@ import pytest
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.store.store import ClipStore, open_store
-from tests.data.test_fuzz import mutated, real_video, strange
-from tests.data.test_layouts import write
-from tests.data.test_odd_folders import pack
+from tests.helpers.damage import mutated, real_video, strange
+from tests.helpers.files import pack, write_files
 from tests.helpers.stores import config, manifest
 
 GOOD = [f"good/{k}" for k in range(4)]
@@ -57,8 +56,8 @@ def test_mutated_videos(tmp_path: Path, count: int, layout: str) -> None:
         f"bad_/{k}": strange(draw) if k % 10 == 0 else mutated(real_video(k % 7), draw)
         for k in range(count)
     }
-    write(tmp_path / "alone", with_captions(layout, good))
-    write(tmp_path / "mixed", with_captions(layout, good | bad))
+    write_files(tmp_path / "alone", with_captions(layout, good))
+    write_files(tmp_path / "mixed", with_captions(layout, good | bad))
     _, alone = stored(tmp_path / "alone")
     store, mixed = stored(tmp_path / "mixed")
     assert sorted(alone) == GOOD
@@ -83,7 +82,7 @@ def test_mutated_archives(tmp_path: Path, count: int, layout: str) -> None:
         if k % 3 == 0:
             data = pack(name, {f"inner{Path(name).suffix}": data, "3.mp4": real_video(3)})
         files[f"bad_{k:03d}{draw.choice(('.zip', '.tar', '.tar.gz'))}"] = mutated(data, draw)
-    write(tmp_path / "in", files)
+    write_files(tmp_path / "in", files)
     store, frames = stored(tmp_path / "in")
     assert sorted(frames) == GOOD
     listed = {
@@ -111,7 +110,7 @@ def test_mutated_tables_and_texts(tmp_path: Path, count: int) -> None:
     for k in range(count):
         name = draw.choice(list(TEXTS))
         data = mutated(TEXTS[name], draw) if k % 8 else draw.randbytes(draw.randrange(300))
-        root = write(tmp_path / str(k), {**videos, name: data})
+        root = write_files(tmp_path / str(k), {**videos, name: data})
         catalogue = find_sources(root)
         clips = {member.name for source in catalogue.sources for member in source.videos.values()}
         assert clips | {problem.member for problem in catalogue.problems} >= set(videos)
@@ -125,7 +124,7 @@ def test_mutated_texts_cost_their_clip_only(tmp_path: Path, count: int) -> None:
         suffix = draw.choice((".txt", ".json"))
         files[f"bad_/{k}.mp4"] = real_video(k % 7)
         files[f"bad_/{k}{suffix}"] = mutated(TEXTS[f"good/0{suffix}"] * draw.choice((1, 50)), draw)
-    write(tmp_path / "in", files)
+    write_files(tmp_path / "in", files)
     store, frames = stored(tmp_path / "in")
     assert sorted(frames) == GOOD
     listed = {item.get("clip") for item in manifest(store.root)["skipped"]}

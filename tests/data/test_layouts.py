@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,12 @@ from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.source import Catalogue
 from dalle2_video.data.store.store import ClipStore
-from tests.data.test_archives import write_tar
+from tests.helpers.files import write_files, write_tar
 from tests.helpers.media import captions, clip_id, grey_steps, write_video
 from tests.helpers.stores import SPLITS, config, manifest, skipped, tree
 
 VIDEO = write_video(grey_steps(15))
 TOO_MANY = "has more cells than the header: put texts with commas into double quotes"
-
-
-def write(root: Path, files: Mapping[str, bytes | str]) -> Path:
-    for name, data in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return root
 
 
 def lines(root: Path, **changes) -> dict[str, dict[str, list[str]]]:
@@ -51,7 +42,7 @@ def groups(root: Path) -> dict[str, str]:
 
 
 def test_a_folder_of_videos_with_texts_beside_them(tmp_path: Path) -> None:
-    root = write(
+    root = write_files(
         tmp_path / "my videos",
         {
             "IMG_0001.MOV": VIDEO,
@@ -72,7 +63,7 @@ def test_a_folder_of_videos_with_texts_beside_them(tmp_path: Path) -> None:
 
 
 def test_what_has_no_partner_is_listed(tmp_path: Path) -> None:
-    root = write(
+    root = write_files(
         tmp_path / "data",
         {
             "a.mp4": VIDEO,
@@ -104,7 +95,7 @@ def test_an_archive_holds_what_its_unpacked_folder_holds(tmp_path: Path) -> None
         for name in "ab"
         for suffix, data in ((".mp4", VIDEO), (".txt", b"A cat."))
     }
-    folder = write(tmp_path / "folder" / "in", files)
+    folder = write_files(tmp_path / "folder" / "in", files)
     packed = tmp_path / "packed" / "in"
     write_tar(packed / "x.tar", {k[2:]: v for k, v in files.items() if k[0] == "x"})
     write_tar(packed / "y.tgz", {k[2:]: v for k, v in files.items() if k[0] == "y"}, "w:gz")
@@ -114,12 +105,12 @@ def test_an_archive_holds_what_its_unpacked_folder_holds(tmp_path: Path) -> None
 
 def test_many_folders_of_one_clip_are_few_shards(tmp_path: Path) -> None:
     files = {f"person {k}/{name}": b"x" for k in range(50) for name in ("a.mp4", "a.txt")}
-    (source,) = find_sources(write(tmp_path / "people", files)).sources
+    (source,) = find_sources(write_files(tmp_path / "people", files)).sources
     assert source.name == "people" and len(source.videos) == 50
 
 
 def test_a_second_run_does_not_read_its_own_store(tmp_path: Path) -> None:
-    root = write(tmp_path / "data", {"videos/a.mp4": VIDEO, "videos/a.txt": "A cat."})
+    root = write_files(tmp_path / "data", {"videos/a.mp4": VIDEO, "videos/a.txt": "A cat."})
     made = config(root, layout=None)
     assert preprocess(made, log=lambda text: None).clips == 1
     before = tree(root)
@@ -159,7 +150,7 @@ def test_every_kind_of_table(tmp_path: Path, kind: str) -> None:
         "windows": ("metadata.csv", "\ufeff" + TABLE.replace("/", "\\").replace("\n", "\r\n")),
         "other name": ("my clips.csv", TABLE),
     }[kind]
-    root = write(tmp_path / "data", {"a.mp4": VIDEO, "b/c.mp4": VIDEO, table[0]: table[1]})
+    root = write_files(tmp_path / "data", {"a.mp4": VIDEO, "b/c.mp4": VIDEO, table[0]: table[1]})
     assert lines(root) == {
         "a": {"Emotion": ["calm"], "text": ["A man, talking."]},
         "b/c": {"text": ["A cat."]},
@@ -171,7 +162,7 @@ def test_every_kind_of_table(tmp_path: Path, kind: str) -> None:
 def test_a_videofolder_of_hugging_face(tmp_path: Path) -> None:
     """A table per split, file names relative to it."""
     row = '{{"file_name": "{}", "text": "{}"}}\n'
-    root = write(
+    root = write_files(
         tmp_path / "data",
         {
             "train/a.mp4": VIDEO,
@@ -185,13 +176,13 @@ def test_a_videofolder_of_hugging_face(tmp_path: Path) -> None:
 
 def test_rows_of_one_file_are_its_captions(tmp_path: Path) -> None:
     text = 'id,path,caption\n1,a,One.\n2,a,"Two.\nThree."\n3,./b/../a.mp4,Four.\n'
-    root = write(tmp_path / "data", {"a.mp4": VIDEO, "metadata.csv": text})
+    root = write_files(tmp_path / "data", {"a.mp4": VIDEO, "metadata.csv": text})
     assert lines(root) == {"a": {"caption": ["One.", "Two.", "Three.", "Four."]}}
 
 
 def test_columns_may_be_named(tmp_path: Path) -> None:
     text = "clip_file,de,en,person\na.mp4,Ein Mann.,A man.,7\nb.mp4,Eine Katze.,A cat.,7\n"
-    root = write(tmp_path / "data", {"a.mp4": VIDEO, "b.mp4": VIDEO, "clips.csv": text})
+    root = write_files(tmp_path / "data", {"a.mp4": VIDEO, "b.mp4": VIDEO, "clips.csv": text})
     (problem,) = (p for p in find_sources(root).problems if p.member == "clips.csv")
     assert "no column names the files" in problem.cause and "clip_file" in problem.cause
     found = lines(root, file_column="clip_file", caption_columns=["en"], group_column="person")
@@ -202,7 +193,7 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
 
 def test_a_name_in_either_form_of_unicode(tmp_path: Path) -> None:
     """macOS writes e and an accent, everybody else one letter."""
-    root = write(
+    root = write_files(
         tmp_path / "data",
         {"cafe\u0301.mp4": VIDEO, "metadata.csv": "file_name,text\ncaf\u00e9.mp4,A cup.\n"},
     )
@@ -214,8 +205,8 @@ def test_bad_rows_are_listed_by_line(tmp_path: Path) -> None:
         "file_name,text,group\na.mp4,Good.,g\nnowhere.mp4,Text.,\n,Text.,\n"
         "a.mp4,A man, smiling.,g,\n../../secret.mp4,Text.,\n/etc/passwd,Text.,\na.mp4,More.,other\n"
     )
-    write(tmp_path, {"secret.mp4": VIDEO})
-    root = write(
+    write_files(tmp_path, {"secret.mp4": VIDEO})
+    root = write_files(
         tmp_path / "in" / "data", {"a.mp4": VIDEO, "extra.mp4": VIDEO, "metadata.csv": text}
     )
     assert lines(root) == {"a": {"text": ["Good.", "More."]}}
@@ -247,7 +238,7 @@ def test_bad_rows_are_listed_by_line(tmp_path: Path) -> None:
 def test_a_table_that_cannot_be_read_is_listed(
     tmp_path: Path, table: tuple[str, bytes], cause: str
 ) -> None:
-    root = write(tmp_path / "data", {"a.mp4": VIDEO, table[0]: table[1]})
+    root = write_files(tmp_path / "data", {"a.mp4": VIDEO, table[0]: table[1]})
     assert cause in causes(find_sources(root))[table[0]]
 
 
@@ -305,13 +296,13 @@ def test_which_layout_is_found(tmp_path: Path) -> None:
         "table": {**celebvtext, "metadata.csv": "file_name,text\nvideos/x.mp4,A.\n"},
     }
     for layout, files in cases.items():
-        assert find_sources(write(tmp_path / layout, files)).layout == layout
+        assert find_sources(write_files(tmp_path / layout, files)).layout == layout
     write_tar(tmp_path / "tars" / "celebvtext.tar", celebvtext)
     assert find_sources(tmp_path / "tars").layout == "celebvtext"
 
 
 def test_the_layout_is_said(tmp_path: Path) -> None:
-    root = write(tmp_path / "data", {"a.mp4": VIDEO, "a.txt": "A cat.", "b.mp4": VIDEO})
+    root = write_files(tmp_path / "data", {"a.mp4": VIDEO, "a.txt": "A cat.", "b.mp4": VIDEO})
     said: list[str] = []
     preprocess(config(root, layout=None), log=said.append)
     assert said == [
@@ -322,6 +313,6 @@ def test_the_layout_is_said(tmp_path: Path) -> None:
 def test_celebvtext_keeps_its_categories_and_groups(tmp_path: Path) -> None:
     clip = clip_id(1)
     files = {f"texts/{name}/{clip}.txt": text for name, text in captions(clip).items()}
-    root = write(tmp_path / "data", {f"videos/{clip}.mp4": VIDEO, **files})
+    root = write_files(tmp_path / "data", {f"videos/{clip}.mp4": VIDEO, **files})
     (source,) = find_sources(root).sources
     assert source.groups == {} and len(source.texts[clip]) == 6 and len(source.categories) == 6

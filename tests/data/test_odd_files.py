@@ -17,8 +17,7 @@ import pytest
 
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.store.store import ClipStore
-from tests.data.test_layouts import write
-from tests.data.test_odd_folders import pack
+from tests.helpers.files import pack, write_files
 from tests.helpers.media import grey_steps, numbers, write_video
 from tests.helpers.stores import SPLITS, config, manifest, skipped
 
@@ -28,7 +27,7 @@ TEXT = b"A cat."
 
 def made(tmp_path: Path, files: dict[str, bytes], prepare: Callable[[Path], object] | None = None):
     """(clip -> captions, file -> cause, the store) of a folder with a good clip and these files."""
-    root = write(tmp_path / "data", {"good.mp4": VIDEO, "good.txt": TEXT, **files})
+    root = write_files(tmp_path / "data", {"good.mp4": VIDEO, "good.txt": TEXT, **files})
     if prepare:
         prepare(root)
     out = tmp_path / "store"
@@ -170,7 +169,7 @@ def test_a_huge_file_of_zeros(tmp_path: Path) -> None:
 
 def test_links_to_files_and_to_the_same_folder(tmp_path: Path) -> None:
     """A linked file is read; a folder that leads to itself is read once."""
-    write(tmp_path / "elsewhere", {"a.mp4": VIDEO, "a.txt": b"Odd."})
+    write_files(tmp_path / "elsewhere", {"a.mp4": VIDEO, "a.txt": b"Odd."})
 
     def prepare(root: Path) -> None:
         for name in ("a.mp4", "a.txt"):
@@ -183,7 +182,7 @@ def test_links_to_files_and_to_the_same_folder(tmp_path: Path) -> None:
 
 def test_a_file_that_goes_while_it_is_read(tmp_path: Path, monkeypatch) -> None:
     files = {"odd.mp4": VIDEO, "odd.txt": b"Odd."}
-    write(tmp_path / "data", files)
+    write_files(tmp_path / "data", files)
     real = os.stat
 
     import dalle2_video.data.preprocess.run as module
@@ -233,7 +232,7 @@ def test_excel_says_its_separator(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    root = write(tmp_path / "data", {"good.mp4": VIDEO, "good.txt": TEXT})
+    root = write_files(tmp_path / "data", {"good.mp4": VIDEO, "good.txt": TEXT})
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         preprocess(config(root, layout=None, out=str(tmp_path / "file")))

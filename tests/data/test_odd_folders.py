@@ -7,7 +7,6 @@ import os
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.store.store import ClipStore
+from tests.helpers.files import pack
 from tests.helpers.media import captions, clip_id, grey_steps, numbers, write_video, write_zip
 from tests.helpers.stores import SPLITS, config, manifest, skipped, tree
 
@@ -137,22 +137,6 @@ def test_a_bomb_of_archives_ends(root: Path) -> None:
     (root / "bomb.zip").write_bytes(data)
     found = causes(root)
     assert set(found.values()) == {"an archive inside an archive: unpack the outer one"}
-
-
-def pack(name: str, files: Mapping[str, bytes]) -> bytes:
-    """The bytes of a zip or tar, by its name."""
-    file = BytesIO()
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
-            for path, data in files.items():
-                packed.writestr(path, data)
-        return file.getvalue()
-    with tarfile.open(fileobj=file, mode="w" if name.endswith(".tar") else "w:gz") as tar:
-        for path, data in files.items():
-            info = tarfile.TarInfo(path)
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
-    return file.getvalue()
 
 
 def test_the_last_member_of_a_name_is_used(tmp_path: Path) -> None:

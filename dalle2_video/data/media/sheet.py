@@ -15,7 +15,7 @@ _GAP = 6  # pixels between frames, and around text
 _TEXT_WIDTH = 300
 _SMALLEST = 112  # frames are enlarged by a whole factor to at least this many pixels
 _FONT_SIZE = 15
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _BACKGROUND, _INK = (250, 250, 250), (20, 20, 20)
 
 
@@ -56,14 +56,14 @@ def save_sheet(
         sheet.save(partial, format="PNG")
 
 
-def _row(clip: np.ndarray, caption: str, count: int, font: _Font) -> Image.Image:
+def _row(clip: np.ndarray, caption: str, count: int, font: Font) -> Image.Image:
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
         raise ValueError(f"a clip must be uint8 (F, H, W, 3), not {clip.dtype} {clip.shape}")
     picked = np.linspace(0, len(clip) - 1, min(count, len(clip))).round().astype(int)
     height, width = clip.shape[1:3]
     scale = max(1, -(-_SMALLEST // min(height, width)))
     height, width = height * scale, width * scale
-    lines = _wrap(caption, _TEXT_WIDTH - 2 * _GAP, font)
+    lines = wrap_text(caption, _TEXT_WIDTH - 2 * _GAP, font)
     line_height = _FONT_SIZE + 4
     row = Image.new(
         "RGB",
@@ -82,7 +82,7 @@ def _row(clip: np.ndarray, caption: str, count: int, font: _Font) -> Image.Image
     return row
 
 
-def _wrap(text: str, width: int, font: _Font) -> list[str]:
+def wrap_text(text: str, width: int, font: Font) -> list[str]:
     """Lines at most `width` pixels wide; a word that is wider is cut."""
     lines: list[str] = []
     for paragraph in text.splitlines():
