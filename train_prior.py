@@ -31,6 +31,7 @@ def main(cfg: DictConfig) -> None:
         settings.prior.captions,
         load_frames=False,
         validation=settings.validation,
+        include_images=settings.prior.images,
     )
     train(prior_stage(settings.prior, conditions, settings.seed), settings.prior.train, run)
 

@@ -58,7 +58,8 @@ from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.captions import TrainingCaptions, to_line
 from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.member import Member
-from dalle2_video.data.store.dataset import CelebVTextDataset, ClipOrder
+from dalle2_video.data.store.dataset import CelebVTextDataset
+from dalle2_video.data.store.order import ClipOrder
 from dalle2_video.data.store.shard import FORMAT, ShardWriter, shard_paths
 from dalle2_video.data.store.store import ClipStore, open_store
 from dalle2_video.data.store.texts import write_texts

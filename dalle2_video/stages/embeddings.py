@@ -58,9 +58,9 @@ def cache_embeddings(folder: str | os.PathLike[str], store: ClipStore) -> Path:
     path = folder / "embeddings.safetensors"
     clip, loaded = load_clip(folder / "model.safetensors")
     sets = [
-        CelebVTextDataset(store, name, 0, EvaluationCaptions())
+        CelebVTextDataset(store, name, 0, EvaluationCaptions(), include_images=True)
         for name in store.splits
-        if store.split(name)
+        if store.split(name) or store.images(name)
     ]
     keys = embedding_keys(store)
     if path.is_file():

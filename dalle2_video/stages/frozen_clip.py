@@ -64,10 +64,12 @@ def load_conditions(
     load_frames: bool,
     validation: str = "val",
     num_images: int = 0,
+    include_images: bool = False,
 ) -> Conditions:
     """CLIP, embeddings and data of a run.
 
     validation: the split to validate on. num_images: how many come with each clip of training.
+    include_images: whether pictures are clips of training, as still videos.
 
     Raises CheckpointError or EmbeddingError where the CLIP or its cache is missing or they do not
     belong together, and EmbeddingError where the cache holds other clips than the data, or the same
@@ -78,7 +80,14 @@ def load_conditions(
     cache = EmbeddingCache.load(folder / "embeddings.safetensors", loaded.hash)
     cache.check_order(embedding_keys(store))
     train = CelebVTextDataset(
-        store, "train", seed, TrainingCaptions(captions), cache, load_frames, num_images=num_images
+        store,
+        "train",
+        seed,
+        TrainingCaptions(captions),
+        cache,
+        load_frames,
+        num_images=num_images,
+        include_images=include_images,
     )
     still = EvaluationCaptions()
     first = store.draw_windows

@@ -85,6 +85,8 @@ class ModelSection:
 class ClipSection:
     """The video CLIP and its training."""
 
+    images: bool = False
+    """Whether pictures of the data take part, as still videos."""
     captions: CaptionPolicy = default(CaptionPolicy)
     """Which of a clip's lines it meets in training."""
     model: ModelSection = default(ModelSection)
@@ -110,6 +112,8 @@ class ClipSection:
 class PriorSection:
     """The prior and its training."""
 
+    images: bool = False
+    """Whether pictures of the data take part, by the embeddings of still videos."""
     captions: CaptionPolicy = default(lambda: CaptionPolicy(join_probability=0.4))
     """Which of a clip's lines it meets in training."""
     model: PriorConfig = default(

@@ -22,12 +22,12 @@ from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCapti
 from dalle2_video.data.store.dataset import (
     Batch,
     CelebVTextDataset,
-    ClipOrder,
     Pointer,
     eval_loader,
     train_loader,
 )
 from dalle2_video.data.store.embeddings import EmbeddingCache, EmbeddingError, write_embeddings
+from dalle2_video.data.store.order import ClipOrder
 from dalle2_video.data.store.shard import ShardWriter, StoreError
 from dalle2_video.data.store.splits import split_of, youtube_id
 from dalle2_video.data.store.store import ClipStore, Place

@@ -53,6 +53,12 @@ def is_animation(picture: Image.Image) -> bool:
     return picture.format in ("PNG", "WEBP") and getattr(picture, "n_frames", 1) > 1
 
 
+def is_animated(source: bytes | str | os.PathLike[str]) -> bool:
+    """Whether a file is an animation; ClipError where it is no whole picture."""
+    with open_picture(source) as picture:
+        return is_animation(picture)
+
+
 @contextmanager
 def open_picture(source: bytes | str | os.PathLike[str]) -> Iterator[Image.Image]:
     """The picture, its pixels not yet decoded. ClipError for whatever goes wrong in the block."""

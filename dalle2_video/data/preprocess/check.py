@@ -33,6 +33,7 @@ class CheckReport:
     store: str
     clips: int
     windows: int
+    pictures: int
     shards: int
     gigabytes: float
     clips_by_split: dict[str, int]
@@ -51,9 +52,10 @@ class CheckReport:
             for name, clips in self.clips_by_split.items()
         )
         texts = ", ".join(f"{name} {count}" for name, count in self.clips_by_category.items())
+        pictures = f", {self.pictures} pictures" if self.pictures else ""
         rows = [
-            f"{self.store}: {self.clips} clips ({self.windows} windows) in {self.shards} shards, "
-            f"{self.gigabytes:.3f} GB",
+            f"{self.store}: {self.clips} clips ({self.windows} windows{pictures}) in {self.shards} "
+            f"shards, {self.gigabytes:.3f} GB",
             f"splits: {splits}",
             f"texts: {self.lines_per_clip:.1f} lines per clip; clips with each kind: {texts}",
         ]
@@ -85,8 +87,9 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
         if clip["status"] == "kept"
     }
     plain, kinds, lines = [], Counter(), 0
-    bar = tqdm(total=len(store), unit="window", desc="check", mininterval=0.5)
-    for name, group in groupby(range(len(store)), store.clip_ids.__getitem__):
+    positions = range(len(store) + store.num_images)
+    bar = tqdm(total=len(positions), unit="window", desc="check", mininterval=0.5)
+    for name, group in groupby(positions, store.clip_ids.__getitem__):
         windows = list(group)
         where = f"{store.home(windows[0])}: clip {name}"
         try:
@@ -109,7 +112,7 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
         problems += [f"{where}: {problem}" for problem in _texts(texts)]
     bar.close()
     by_split, groups = _splits(store, problems)
-    names = sorted(random.Random(seed).sample(range(len(store)), min(ON_SHEET, len(store))))
+    names = sorted(random.Random(seed).sample(positions, min(ON_SHEET, len(positions))))
     sheet = root / "check.png"
     _draw(store, names, sheet, problems)
     size = sum(f.stat().st_size for p in index_paths(root) for f in shard_paths(root, p.stem))
@@ -117,6 +120,7 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
         store=str(root),
         clips=len(hashes),
         windows=len(store),
+        pictures=store.num_images,
         shards=len(store.shards),
         gigabytes=size / 1e9,
         clips_by_split=by_split,

@@ -13,8 +13,9 @@ from dalle2_video.data.config import StoreSettings
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
+from dalle2_video.data.media.image import decode_image, is_animated
 from dalle2_video.data.sources.captions import CaptionError, read_text, split_line, to_line
-from dalle2_video.data.sources.listing import TEXT_BYTES
+from dalle2_video.data.sources.listing import IMAGE_SUFFIXES, TEXT_BYTES
 from dalle2_video.data.sources.member import ArchiveError, Member
 from dalle2_video.data.sources.pairs import JSON
 from dalle2_video.data.sources.source import Texts
@@ -52,30 +53,41 @@ def make_clip(
         return {**entry, "cause": "without text: no category has a usable file"}, None
     try:
         file = _file(member, data)
-        decoded = decode_clip(
-            file,
-            settings.fps,
-            settings.num_frames,
-            settings.size,
-            0.0,
-            settings.span,
-            settings.windows,
-        )
-        frames = decoded.frames.reshape(-1, *settings.shape)
-        if settings.encoding == "h264":
-            windows = [encode_window(window, settings.fps) for window in frames]
+        if member.name.lower().endswith(IMAGE_SUFFIXES) and not is_animated(file):
+            made, windows = _still(file, settings)
         else:
-            windows = list(frames)
+            made, windows = _windows(file, settings)
     except (ClipError, ArchiveError) as error:
         return {**entry, "cause": str(error)}, None
     except Exception as error:  # whatever a damaged file sets off: it must not end a run of 70,000
         return {**entry, "cause": f"unreadable: {type(error).__name__}: {error}"}, None
+    return {**entry, **made, "lines": lines, "lines_split": lines_split}, windows
+
+
+def _windows(
+    file: bytes | Path, settings: StoreSettings
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """What is listed of a video, and its windows as stored."""
+    s = settings
+    decoded = decode_clip(file, s.fps, s.num_frames, s.size, 0.0, s.span, s.windows)
     seconds = decoded.timestamps.round(6).tolist()
+    made: dict[str, Any] = {"seconds": [seconds[0], seconds[-1]]}
+    made[TIMESTAMPS] = decoded.timestamps.reshape(-1, s.num_frames).tolist()
     if decoded.converted:
-        entry["converted"] = list(decoded.converted)
-    entry |= {"lines": lines, "lines_split": lines_split, "seconds": [seconds[0], seconds[-1]]}
-    timestamps = decoded.timestamps.reshape(-1, settings.num_frames).tolist()
-    return {**entry, TIMESTAMPS: timestamps}, windows
+        made["converted"] = list(decoded.converted)
+    frames = decoded.frames.reshape(-1, *s.shape)
+    if s.encoding == "h264":
+        return made, [encode_window(window, s.fps) for window in frames]
+    return made, list(frames)
+
+
+def _still(file: bytes | Path, settings: StoreSettings) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """What is listed of a picture, and itself."""
+    square = decode_image(file, settings.size)
+    made: dict[str, Any] = {"image": True}
+    if square.converted:
+        made["converted"] = list(square.converted)
+    return made, [square.image]
 
 
 def _file(member: Member, data: bytes | None) -> bytes | Path:

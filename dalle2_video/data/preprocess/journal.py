@@ -37,7 +37,8 @@ class Journal:
     """Context that appends clips. `clips`: a dict per clip so far, those of a stopped run first.
 
     made_from: settings and fingerprint; a journal of others is thrown away. A kept clip's dict has
-    a "row", that of its first window in the shard, "bytes" of each window, and a "hash". One
+    a "row", that of its first window in the shard (of a picture, marked "image", in its stills),
+    "bytes" of each window, and a "hash". One
     marked "lost" (its worker died or was stopped) is not taken over, so it gets another chance. An
     error leaves both files in place. fresh: takes nothing over. StoreError where another process
     has it open.
@@ -55,7 +56,7 @@ class Journal:
         self.clips_path = folder / f".{shard}.clips.partial"
         self.made_from, self.fresh = made_from, fresh
         self.clips: list[dict[str, Any]] = []
-        self.rows = self.num_bytes = 0
+        self.rows = self.stills = self.num_bytes = self.still_bytes = 0
 
     def __enter__(self) -> Journal:
         self._clips = open(self.clips_path, "ab")
@@ -89,8 +90,7 @@ class Journal:
                     end = self.num_bytes + sum(clip["bytes"])
                     if end > size or stored_hash([stored[self.num_bytes : end]]) != clip["hash"]:
                         break
-                    self.rows += len(clip["bytes"])
-                    self.num_bytes = end
+                    self._count(clip)
                 if number and not clip.get("lost"):
                     self.clips.append(clip)
                 place += len(line)
@@ -102,14 +102,24 @@ class Journal:
             if not windows or any(window.dtype != np.uint8 for window in windows):
                 raise ValueError("a clip must have one or more windows of uint8")
             sizes = [window.size for window in windows]
-            clip = {**clip, "row": self.rows, "bytes": sizes, "hash": stored_hash(windows)}
+            row = self.stills if clip.get("image") else self.rows
+            clip = {**clip, "row": row, "bytes": sizes, "hash": stored_hash(windows)}
             for window in windows:
                 self._frames.write(np.ascontiguousarray(window).data)
             self._frames.flush()
-            self.rows += len(windows)
-            self.num_bytes += sum(sizes)
+            self._count(clip)
         self._line(clip)
         self.clips.append(clip)
+
+    def _count(self, clip: dict[str, Any]) -> None:
+        """Counts a kept clip: num_bytes of all, still_bytes of the pictures among them."""
+        size = sum(clip["bytes"])
+        self.num_bytes += size
+        if clip.get("image"):
+            self.stills += 1
+            self.still_bytes += size
+        else:
+            self.rows += len(clip["bytes"])
 
     def _line(self, value: dict[str, Any]) -> None:
         self._clips.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")

@@ -210,8 +210,13 @@ def _make_shard(
                 known[clip] = source.name
             bar.update()
         kept = [clip for clip in journal.clips if clip["status"] == "kept"]
-        with ShardWriter(out, source.name, settings, journal.rows, journal.num_bytes) as shard:
+        num_bytes = journal.num_bytes - journal.still_bytes
+        made = ShardWriter(out, source.name, settings, journal.rows, num_bytes, journal.stills)
+        with made as shard:
             for clip, windows in zip(kept, journal.windows(), strict=True):
+                if clip.get("image"):
+                    shard.append_still(windows[0])
+                    continue
                 for window, timestamps in zip(windows, clip[TIMESTAMPS], strict=True):
                     shard.append(window, np.array(timestamps))
         write_texts(text_path, [_lines(clip) for clip in kept])
@@ -254,8 +259,20 @@ def _lines(clip: Mapping[str, Any]) -> dict[str, list[Line]]:
 
 def _index_row(clip: dict[str, Any]) -> dict[str, Any]:
     """A journal's clip as the index lists it: what is needed to find it, or why it is not there."""
-    names = ("clip", "status", "group", "row", "seconds", "converted", "hash", "file", "cause")
-    windows = {"windows": len(clip["bytes"])} if "row" in clip else {}
+    names = (
+        "clip",
+        "status",
+        "group",
+        "image",
+        "row",
+        "seconds",
+        "converted",
+        "hash",
+        "file",
+        "cause",
+    )
+    number = 0 if clip.get("image") else len(clip.get("bytes", ()))
+    windows = {"windows": number} if "row" in clip else {}
     return {name: clip[name] for name in names if name in clip} | windows
 
 

@@ -23,10 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dalle2_video import keyed
 from dalle2_video.data.sources.captions import EvaluationCaptions, TrainingCaptions, pack_lines
+from dalle2_video.data.store.order import ClipOrder
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.data.store.store import ClipStore
-
-SHARDS_AT_ONCE = 16  # of 1,000 clips of 16 x 64 x 64 px each: 3 GB
 
 
 class Embeddings(Protocol):
@@ -36,41 +35,14 @@ class Embeddings(Protocol):
 
 
 def embedding_keys(store: ClipStore) -> list[str]:
-    """The keys of every clip, split by split: the order of a cache of embeddings."""
-    return [store.key(clip) for split in store.splits for clip in store.split(split)]
-
-
-class ClipOrder:
-    """sample_id -> 0 .. num_clips - 1: every clip once per epoch, in a new order each epoch.
-
-    shards: the shard of each clip, int (num_clips,). Each epoch draws the shards into groups of
-    SHARDS_AT_ONCE and takes the groups one after the other, the clips of a group in random order:
-    so reads stay among a few files, which fit into the page cache, while a batch still mixes
-    thousands of clips of all of them. With fewer shards, or None, the order is a plain permutation.
+    """The keys of every clip, split by split, pictures after videos: the order of a cache of
+    embeddings.
     """
-
-    def __init__(self, num_clips: int, seed: int, shards: np.ndarray | None = None) -> None:
-        if num_clips < 1:
-            raise ValueError("an order needs at least one clip")
-        self.num_clips, self.seed = num_clips, seed
-        self.shards = np.zeros(num_clips, np.int64) if shards is None else shards
-        self.num_shards = int(self.shards.max()) + 1
-        self._epoch, self._permutation = -1, np.empty(0, np.int64)
-
-    def __call__(self, sample_id: int) -> int:
-        epoch, place = divmod(sample_id, self.num_clips)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, self.permutation(epoch)
-        return int(self._permutation[place])
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """int64 (num_clips,): the order of one epoch."""
-        draw = keyed.generator(self.seed, epoch, "order")
-        order = torch.randperm(self.num_clips, generator=draw).numpy()
-        if self.num_shards <= SHARDS_AT_ONCE:
-            return order
-        place = torch.randperm(self.num_shards, generator=draw).numpy() // SHARDS_AT_ONCE
-        return order[np.argsort(place[self.shards[order]], kind="stable")]
+    return [
+        store.key(clip)
+        for split in store.splits
+        for clip in (*store.split(split), *store.images(split))
+    ]
 
 
 class Pointer(NamedTuple):
@@ -134,9 +106,9 @@ class CelebVTextDataset:
 
     seed keys the order and the caption choice; the store knows who is in which split.
     first_windows: one window of each clip, for evaluations that must not use a caption twice.
-    num_images: single frames of any clips that come with each clip of training, each with its own
-    caption and embedding; they have an order of their own.
-    Raises StoreError where the split has no clip.
+    num_images: single frames of any clips, and pictures, that come with each clip of training, each
+    with its own caption and embedding; they have an order of their own. include_images: pictures
+    are clips too, as still videos. Raises StoreError where the split has no clip.
     """
 
     def __init__(
@@ -149,13 +121,22 @@ class CelebVTextDataset:
         load_frames: bool = True,
         first_windows: bool = False,
         num_images: int = 0,
+        include_images: bool = False,
     ) -> None:
         self.store, self.name, self.seed = store, split, seed
         self.captions, self.embeddings, self.load_frames = captions, embeddings, load_frames
         self.clips = store.split(split)
         if first_windows:
             self.clips = [clip for clip in self.clips if store.windows[clip] == 0]
+        pictures = store.images(split)
+        self.stills = [*self.clips, *pictures]  # what has a frame to draw
+        if include_images:
+            self.clips = self.stills
         if not self.clips:
+            if pictures:
+                raise StoreError(
+                    f"split {split!r} of {store.root} has pictures only, and needs videos here"
+                )
             raise StoreError(
                 f"split {split!r} of {store.root} has none of its {len(store)} clips: "
                 "preprocess more archives or change data.splits"
@@ -169,7 +150,8 @@ class CelebVTextDataset:
         self._first = np.flatnonzero(is_first)
         self._count = np.diff(self._first, append=len(windows))
         self._order = ClipOrder(len(self._first), seed, shards[self._first])
-        self._image_order = ClipOrder(len(self.clips), self._image_seed, shards)
+        shards = store.shard_numbers(self.stills)
+        self._image_order = ClipOrder(len(self.stills), self._image_seed, shards)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -205,9 +187,11 @@ class CelebVTextDataset:
         return Pointer(index, index, self.key(index))
 
     def image_pointer(self, sample_id: int) -> Pointer:
-        """Whose frame training uses as image number `sample_id`: image j of clip c is c J + j."""
+        """Whose frame training uses as image number `sample_id`: image j of clip c is c J + j. Its
+        index counts the clips of the split, then its pictures.
+        """
         index = self._image_order(sample_id)
-        return Pointer(sample_id, index, self.key(index))
+        return Pointer(sample_id, index, self.store.key(self.stills[index]))
 
     def collate(self, pointers: Sequence[Pointer]) -> Batch:
         """Loads the frames, chooses the captions and looks the embeddings up by key."""
@@ -221,7 +205,8 @@ class CelebVTextDataset:
 
     def _collate(self, pointers: Sequence[Pointer], seed: int, stills: bool) -> Batch:
         """A batch without images; stills: of each clip one frame, drawn by its sample id."""
-        clips = [self.clips[pointer.index] for pointer in pointers]
+        places = self.stills if stills else self.clips
+        clips = [places[pointer.index] for pointer in pointers]
         keys = [pointer.key for pointer in pointers]
         for pointer, clip in zip(pointers, clips, strict=True):
             if self.store.key(clip) != pointer.key:

@@ -2,15 +2,17 @@
 
 <root>/videos/<shard>.h5    a row per window; raw: "frames" uint8 RGB (N, F, H, W, 3); h264: "video"
                             uint8, a small video per row end to end, and "end" int64 (N,); both:
-                            "times" float64 (N, F) seconds; attributes: settings. All contiguous
+                            "times" float64 (N, F) seconds; where there are pictures, "stills"
+                            uint8 RGB (M, H, W, 3); attributes: settings. All contiguous
 <root>/texts/<shard>.pt     the tokens and the words of every line of every category, flat tensors
 <root>/index/<shard>.json   every clip of the archive: status, first row and number of windows, or
-                            cause; written last, so a shard without it does not exist
+                            cause; written last, so a shard without it does not exist. A picture has
+                            "image": true, no window, and its row in "stills"
 <root>/manifest.json        all that was skipped and why, over all shards
 
 Every file is written under a temporary name and renamed when whole.
 
-Letters: N windows of the shard, F frames, H W pixels.
+Letters: N windows and M pictures of the shard, F frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def is_whole_index(path: Path) -> bool:
 class ShardWriter:
     """Context that appends `rows` windows to videos/<shard>.h5; it appears if the block ends well.
 
-    num_bytes: of all windows together, which "h264" needs to know beforehand.
+    num_bytes: of all windows together, which "h264" needs to know beforehand. stills: pictures,
+    which are stored raw.
     """
 
     def __init__(
@@ -87,9 +90,10 @@ class ShardWriter:
         settings: StoreSettings,
         rows: int,
         num_bytes: int = 0,
+        stills: int = 0,
     ) -> None:
-        self.settings, self.rows, self.num_bytes = settings, rows, num_bytes
-        self._row = self._byte = 0
+        self.settings, self.rows, self.num_bytes, self.stills = settings, rows, num_bytes, stills
+        self._row = self._byte = self._still = 0
         self._whole = whole(shard_paths(Path(root), shard)[0])
 
     def __enter__(self) -> ShardWriter:
@@ -102,6 +106,8 @@ class ShardWriter:
             self._frames = self._file.create_dataset("video", (self.num_bytes,), np.uint8)
             self._end = self._file.create_dataset("end", (rows,), np.int64)
         self._timestamps = self._file.create_dataset(TIMESTAMPS, (rows, shape[0]), "<f8")
+        if self.stills:
+            self._stills = self._file.create_dataset("stills", (self.stills, *shape[1:]), np.uint8)
         return self
 
     def append(self, window: np.ndarray, timestamps: np.ndarray) -> int:
@@ -126,6 +132,14 @@ class ShardWriter:
         self._row, self._byte = row + 1, end
         return row
 
+    def append_still(self, image: np.ndarray) -> int:
+        """Adds a picture, uint8 (H, W, 3) or flat; returns its row in "stills"."""
+        if self._still == self.stills:
+            raise ValueError(f"a shard of {self.stills} pictures is full")
+        self._stills[self._still] = image.reshape(self.settings.shape[1:])
+        self._still += 1
+        return self._still - 1
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -133,8 +147,11 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        if kind is None and self._row < self.rows:
-            error = ValueError(f"a shard of {self.rows} windows got {self._row}")
+        if kind is None and (self._row, self._still) != (self.rows, self.stills):
+            error = ValueError(
+                f"a shard of {self.rows} windows and {self.stills} pictures got {self._row} and "
+                f"{self._still}"
+            )
             self._whole.__exit__(ValueError, error, None)
             raise error
         self._whole.__exit__(kind, error, trace)
@@ -154,6 +171,7 @@ class ShardReader:
             self.end = None if raw else _data(file, "end")[:]
             self.frames_at = _data(file, "frames" if raw else "video").id.get_offset()
             self.timestamps_at = _data(file, TIMESTAMPS).id.get_offset()
+            self.stills_at = _data(file, "stills").id.get_offset() if "stills" in file else None
         self.file = open(path, "rb", buffering=0)
 
     def expect(self, row: int, frame: int | None = None) -> None:
@@ -174,6 +192,10 @@ class ShardReader:
     def read_frames(self, row: int, out: np.ndarray, first: int = 0) -> None:
         """Fills uint8 (..., H, W, 3) with a raw row's frames from number `first` on."""
         self._fill(out, self.frames_at, (row * self.shape[0] + first) * math.prod(self.shape[1:]))
+
+    def read_still(self, row: int, out: np.ndarray) -> None:
+        """Fills uint8 (H, W, 3) with a picture."""
+        self._fill(out, self.stills_at, row * math.prod(self.shape[1:]))
 
     def stored(self, row: int) -> np.ndarray:
         """uint8 (bytes,): a row as it lies on disk."""
@@ -203,7 +225,10 @@ class ShardReader:
             rest, place = rest[read:], place + read
 
 
-def check_shard(root: Path, shard: str, settings: StoreSettings, rows: int) -> None:
+def check_shard(root: Path, shard: str, settings: StoreSettings, rows: int, stills: int) -> None:
+    """StoreError where the files of a shard are missing, damaged, or hold another number of windows
+    or pictures than its index.
+    """
     video, text, _ = shard_paths(root, shard)
     for path in (video, text):
         if not path.is_file():
@@ -212,10 +237,13 @@ def check_shard(root: Path, shard: str, settings: StoreSettings, rows: int) -> N
         with h5py.File(video, "r", locking=False) as file:
             data = _data(file, "frames" if settings.encoding == "raw" else "end")
             shape = data.shape if settings.encoding == "raw" else (*data.shape, *settings.shape)
+            found = _data(file, "stills").shape[0] if "stills" in file else 0
     except (OSError, KeyError) as error:
         raise StoreError(f"{video} is damaged ({error}): delete it, run preprocess") from error
     if shape != (rows, *settings.shape):
         raise StoreError(f"{video} holds {shape}, index/{shard}.json says {rows} windows")
+    if found != stills:
+        raise StoreError(f"{video} holds {found} pictures, index/{shard}.json says {stills}")
 
 
 def _data(file: h5py.File, name: str) -> h5py.Dataset:

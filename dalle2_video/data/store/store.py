@@ -29,7 +29,8 @@ from dalle2_video.data.store.texts import ShardTexts
 
 class Place(NamedTuple):
     """Where a window lies: clip id, shard, row of its frames, number in its clip, row of texts; and
-    the group that it shares its split with, None: the id of its video.
+    the group that it shares its split with, None: the id of its video. image: it is a picture, row
+    in "stills".
     """
 
     clip: str
@@ -38,17 +39,19 @@ class Place(NamedTuple):
     window: int
     text_row: int
     group: str | None = None
+    image: bool = False
 
 
 class ClipStore:
     """All windows of the kept clips of a preprocessed folder, in a fixed order: shards by name,
-    then rows.
+    then rows; then its pictures, in the same order.
 
     A window is what training calls a clip: addressed by its position 0 .. len - 1, with the clip id
     in `clip_ids`, its number within that clip in `windows`, and what it shares its split with in
     `groups`. warnings: what a user should know of the splits. draw_windows: whether training takes
     one window of a clip per epoch. Each process opens its own file handles, so an instance may be
-    forked or pickled into workers.
+    forked or pickled into workers. Pictures follow at len .. len + num_images - 1; as a window, one
+    is a still video.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class ClipStore:
         self.root, self.settings = root, settings
         self.splits, self.split_seed = dict(splits), split_seed
         self.groups, self.warnings = _groups(clips, splits)
+        clips = sorted(clips, key=lambda clip: clip.image)
+        self.num_images = sum(clip.image for clip in clips)
         self.clip_ids = [clip.clip for clip in clips]
         self.shards = sorted({clip.shard for clip in clips})
         number = {shard: i for i, shard in enumerate(self.shards)}
@@ -104,22 +109,27 @@ class ClipStore:
                 raise StoreError(f"{path} was made with {made}, other shards with {settings}")
             settings = made
             kept = [clip for clip in index["clips"] if clip["status"] == "kept"]
-            rows = 0
+            rows = stills = 0
             for number, clip in enumerate(kept):
                 other = home.setdefault(clip["clip"], path.stem)
                 if other != path.stem:
                     raise StoreError(f"clip {clip['clip']} is in two shards: {other}, {path.stem}")
+                group = clip.get("group")
+                if clip.get("image"):
+                    where = clip["row"], 0, number
+                    clips.append(Place(clip["clip"], path.stem, *where, group, image=True))
+                    stills += 1
                 for window in range(clip["windows"]):
                     row = clip["row"] + window
-                    group = clip.get("group")
                     clips.append(Place(clip["clip"], path.stem, row, window, number, group))
                     rows += 1
-            check_shard(root, path.stem, made, rows)
+            check_shard(root, path.stem, made, rows, stills)
         assert settings is not None
         return cls(root, settings, clips, splits, split_seed, draw_windows)
 
     def __len__(self) -> int:
-        return len(self.clip_ids)
+        """How many windows of videos there are."""
+        return len(self.clip_ids) - self.num_images
 
     def home(self, clip: int) -> str:
         """The name of the shard that holds position `clip`."""
@@ -134,10 +144,17 @@ class ClipStore:
         return f"{self.clip_ids[clip]}:{self.windows[clip]}"
 
     def split(self, name: str) -> list[int]:
-        """Positions of the clips of one split, in order; StoreError for an unknown name."""
+        """Positions of the windows of one split, in order; StoreError for an unknown name."""
+        return self._of_split(name, range(len(self)))
+
+    def images(self, name: str) -> list[int]:
+        """Positions of the pictures of one split, in order; StoreError for an unknown name."""
+        return self._of_split(name, range(len(self), len(self.clip_ids)))
+
+    def _of_split(self, name: str, positions: range) -> list[int]:
         if name not in self.splits:
             raise StoreError(f"no split {name!r}; data.splits has {', '.join(self.splits)}")
-        return [i for i, group in enumerate(self.groups) if self.split_of_group[group] == name]
+        return [i for i in positions if self.split_of_group[self.groups[i]] == name]
 
     def frames(self, clips: Sequence[int]) -> np.ndarray:
         """uint8 (B, F, H, W, 3) of the given positions, in the given order, read in file order.
@@ -148,9 +165,13 @@ class ClipStore:
         positions = np.asarray(clips, np.int64)
         order = np.lexsort((self._row[positions], self._shard[positions]))
         for clip in positions[order].tolist():
-            self._open(self.home(clip)).expect(int(self._row[clip]))
+            if not self.is_image(clip):
+                self._open(self.home(clip)).expect(int(self._row[clip]))
         for i in order:
             clip = int(positions[i])
+            if self.is_image(clip):
+                out[i] = self._still(clip)
+                continue
             if self.settings.encoding == "raw":
                 self._open(self.home(clip)).read_frames(int(self._row[clip]), out[i])
                 continue
@@ -161,25 +182,43 @@ class ClipStore:
         return out
 
     def stills(self, clips: Sequence[int], frames: Sequence[int]) -> np.ndarray:
-        """uint8 (B, H, W, 3): frame number frames[i] of position clips[i]; raw reads no other."""
+        """uint8 (B, H, W, 3): frame number frames[i] of position clips[i]; raw reads no other. A
+        picture has the same at every number.
+        """
         out = np.empty((len(clips), *self.settings.shape[1:]), np.uint8)
-        if self.settings.encoding == "raw":
-            for clip, frame in zip(clips, frames, strict=True):
+        raw = self.settings.encoding == "raw"
+        for clip, frame in zip(clips, frames, strict=True):
+            if raw and not self.is_image(clip):
                 self._open(self.home(clip)).expect(int(self._row[clip]), frame)
         for i in np.argsort(np.asarray(clips), kind="stable"):
             clip, frame = clips[i], frames[i]
-            if self.settings.encoding == "raw":
+            if self.is_image(clip):
+                out[i] = self._still(clip)
+            elif raw:
                 self._open(self.home(clip)).read_frames(int(self._row[clip]), out[i], frame)
             else:
                 out[i] = self.frames([clip])[0, frame]
         return out
 
+    def is_image(self, clip: int) -> bool:
+        """Whether position `clip` is a picture."""
+        return clip >= len(self)
+
+    def _still(self, clip: int) -> np.ndarray:
+        image = np.empty(self.settings.shape[1:], np.uint8)
+        self._open(self.home(clip)).read_still(int(self._row[clip]), image)
+        return image
+
     def stored(self, clip: int) -> np.ndarray:
-        """uint8 (bytes,): the window at position `clip` as it lies on disk."""
+        """uint8 (bytes,): the window at position `clip` as it lies on disk, or the picture."""
+        if self.is_image(clip):
+            return self._still(clip).reshape(-1)
         return self._open(self.home(clip)).stored(int(self._row[clip]))
 
     def timestamps(self, clip: int) -> np.ndarray:
-        """float64 (F,): the time stamps in seconds of the clip's frames."""
+        """float64 (F,): the time stamps in seconds of the clip's frames; zeros of a picture."""
+        if self.is_image(clip):
+            return np.zeros(self.settings.num_frames)
         return self._open(self.home(clip)).timestamps(int(self._row[clip]))
 
     @cached_property
