@@ -10,6 +10,7 @@ import pytest
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.source import Catalogue
+from dalle2_video.data.store.shard import StoreError
 from dalle2_video.data.store.store import ClipStore
 from tests.helpers.files import write_files, write_tar
 from tests.helpers.media import captions, clip_id, grey_steps, write_video
@@ -316,3 +317,51 @@ def test_celebvtext_keeps_its_categories_and_groups(tmp_path: Path) -> None:
     root = write_files(tmp_path / "data", {f"videos/{clip}.mp4": VIDEO, **files})
     (source,) = find_sources(root).sources
     assert source.groups == {} and len(source.texts[clip]) == 6 and len(source.categories) == 6
+
+
+def test_a_folder_that_grows_becomes_many_shards_and_back(tmp_path: Path, monkeypatch) -> None:
+    """No clip twice, none lost, and a changed caption is noticed after it."""
+    monkeypatch.setattr("dalle2_video.data.sources.source.FOLDER_SHARD", 4)
+    files = {f"{k}{suffix}": VIDEO if suffix == ".mp4" else f"Number {k}." for k in range(7)
+             for suffix in (".mp4", ".txt")}  # fmt: skip
+    few = {name: data for name, data in files.items() if int(name[0]) < 4}
+    root = write_files(tmp_path / "data", few)
+    assert len(lines(root)) == 4
+    other = tmp_path / "store" / "index" / "data-99.json"  # of an archive that is gone
+    before = json.loads((tmp_path / "store" / "index" / "data.json").read_text())
+    write_files(root, files | {"0.txt": "Changed."})
+    found = lines(root)
+    assert len(found) == 7 and found["0"] == {"text": ["Changed."]}
+    assert not (tmp_path / "store" / "index" / "data.json").exists()
+    for name in files.keys() - few.keys():
+        (root / name).unlink()
+    other.write_text(json.dumps({**before, "archive": "data-99.zip", "clips": []}))
+    made = config(root, layout=None, out=str(tmp_path / "store"))
+    with pytest.raises(StoreError, match=r"data-99\.h5 is missing"):
+        preprocess(made, log=lambda text: None)
+    names = sorted(path.name for path in other.parent.iterdir())
+    assert names == ["data-99.json", "data.json"], "the shard of the other archive stays"
+
+
+def test_another_layout_is_no_silent_mixture(tmp_path: Path) -> None:
+    """The same clips under other ids beside the old ones would be in the data twice."""
+    files = {
+        "videos/a.mp4": VIDEO,
+        "videos/a.txt": "A cat.",
+        "more/b.mp4": VIDEO,
+        "more/b.txt": "B",
+    }
+    root = write_files(tmp_path / "data", files)
+    made = config(root, layout=None, out=str(tmp_path / "store"))
+    assert preprocess(made, log=lambda text: None).clips == 2
+    write_files(root, {"metadata.csv": "file_name,text\nvideos/a.mp4,A dog.\n"})
+    said: list[str] = []
+    assert preprocess(made, log=said.append).clips == 1
+    assert any("another data.layout" in line for line in said)
+    clip = clip_id(1)
+    (root / "metadata.csv").unlink()
+    for path in [*root.rglob("*.txt"), *root.rglob("*.mp4")]:
+        path.unlink()
+    write_files(root, {f"videos/{clip}.mp4": VIDEO, f"texts/emotion/{clip}.txt": "Calm."})
+    with pytest.raises(StoreError, match=r"was read as data\.layout=table, now it is celebvtext"):
+        preprocess(made, log=lambda text: None)

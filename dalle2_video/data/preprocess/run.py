@@ -14,7 +14,7 @@ import fcntl
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,27 +29,27 @@ from dalle2_video.data.preprocess.clip import TextRules, make_clip
 from dalle2_video.data.preprocess.journal import Journal
 from dalle2_video.data.preprocess.manifest import Summary, relative_name, write_manifest
 from dalle2_video.data.preprocess.pool import WorkerLost, WorkerPool
+from dalle2_video.data.preprocess.todo import (
+    catalogue,
+    is_there,
+    known_clips,
+    owners,
+    remove_superseded,
+)
 from dalle2_video.data.sources.captions import Line
-from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.member import ArchiveError
-from dalle2_video.data.sources.source import Catalogue, Source
-from dalle2_video.data.sources.table import Columns
+from dalle2_video.data.sources.source import Source
 from dalle2_video.data.store.shard import (
     FORMAT,
     TIMESTAMPS,
     ShardWriter,
     StoreError,
-    index_paths,
-    is_whole_index,
-    read_index,
     shard_paths,
 )
 from dalle2_video.data.store.texts import write_texts
 
-PRELOAD = (
-    make_clip.__module__,
-    "open_clip.tokenizer",
-)  # the second takes seconds: once, not per worker
+# The second takes seconds to import: once, not per worker.
+PRELOAD = (make_clip.__module__, "open_clip.tokenizer")
 
 
 def preprocess(
@@ -68,16 +68,17 @@ def preprocess(
         raise ArchiveError(f"data.root={config.root} does not exist")
     out.mkdir(parents=True, exist_ok=True)
     with _lock(out, part, parts), _disk(out), _scratch(out, part) as scratch:
-        catalogue = _catalogue(config, scratch)
-        if config.layout is None and catalogue.sources:
-            log(f"{config.root}: {catalogue.found}, read as data.layout={catalogue.layout}")
-        mine = catalogue.sources[part - 1 :: parts]
-        todo = [source for source in mine if not _is_there(config, source, log)]
-        again = catalogue.sources if config.overwrite else todo
-        elsewhere = {source.name for source in catalogue.sources} - {source.name for source in mine}
-        known = _known_clips(config, {source.name for source in again}, elsewhere)
+        found = catalogue(config, scratch)
+        if config.layout is None and found.sources:
+            log(f"{config.root}: {found.found}, read as data.layout={found.layout}")
+        remove_superseded(config, found.sources, log)
+        mine = found.sources[part - 1 :: parts]
+        todo = [source for source in mine if not is_there(config, source, found.layout, log)]
+        again = found.sources if config.overwrite else todo
+        elsewhere = {source.name for source in found.sources} - {source.name for source in mine}
+        known = known_clips(config, {source.name for source in again}, elsewhere, found.layout)
         if parts > 1:
-            known |= _owners(config, catalogue.sources, known)
+            known |= owners(config, found.sources, known)
         made = 0
         with (
             _bar(sum(len(source.videos) for source in todo)) as bar,
@@ -85,103 +86,20 @@ def preprocess(
         ):
             for source in todo:
                 bar.set_postfix_str(source.name)
-                made += _make_shard(config, source, known, pool, bar)
-        return write_manifest(config, catalogue, made, len(todo), begun)
-
-
-# ---------------------------------------------------------------- what there is to do
-
-
-def _catalogue(config: DataConfig, scratch: Path) -> Catalogue:
-    """The sources; none where the archives were deleted after their shards were made."""
-    captions = None if config.caption_columns is None else tuple(config.caption_columns)
-    columns = Columns(config.file_column, config.group_column, captions)
-    try:
-        return find_sources(config.root, config.layout, columns, scratch, config.store)
-    except ArchiveError:
-        if any(index_paths(config.store)):
-            return Catalogue()
-        raise
-
-
-def _is_there(config: DataConfig, source: Source, log: Callable[[str], None]) -> bool:
-    """Whether the shard stands whole with these settings; StoreError where with other ones."""
-    path = config.store / "index" / f"{source.name}.json"
-    if config.overwrite or not path.exists():
-        return False
-    try:
-        index = read_index(path)
-    except StoreError as error:
-        log(f"{error}; it is made again")
-        return False
-    if StoreSettings(**index["settings"]) != config.settings:
-        raise StoreError(
-            f"{path} was made with {index['settings']}, data asks for {asdict(config.settings)}: "
-            "choose another data.out or set data.overwrite=true"
-        )
-    for file in shard_paths(config.store, source.name)[:2]:
-        if not file.exists():
-            log(f"{file} is missing; it is made again")
-            return False
-    if index["fingerprint"] != source.fingerprint() or _has_other_content(index, source, path):
-        log(f"{source.archive} has changed since its shard {source.name} was made: made again")
-        return False
-    return True
-
-
-def _has_other_content(index: dict[str, Any], source: Source, path: Path) -> bool:
-    """Whether files of the same sizes hold something else than when the shard was made.
-
-    Files are only read where their stamps differ; where the content is the same, as after a copy,
-    the new stamps are noted. A shard of older code knows no content: it is taken as it is.
-    """
-    stamp = source.stamp()
-    if index.get("stamp") == stamp:
-        return False
-    content = source.content()
-    if index.get("content", content) != content:
-        return True
-    write_json(path, {**index, "stamp": stamp, "content": content})
-    return False
-
-
-def _known_clips(config: DataConfig, todo: set[str], elsewhere: set[str]) -> dict[str, str]:
-    """clip id -> shard, of the shards that stay; StoreError where one has other settings.
-
-    elsewhere: shards of other parts, which make theirs again where it is damaged or of old format.
-    """
-    known = {}
-    for path in index_paths(config.store):
-        if path.stem in todo or (path.stem in elsewhere and not is_whole_index(path)):
-            continue
-        index = read_index(path)
-        if StoreSettings(**index["settings"]) != config.settings:
-            raise StoreError(
-                f"{path} was made with {index['settings']} and its archive is not here: choose "
-                "another data.out, or delete that index file, its shard and its texts"
-            )
-        known.update((c["clip"], path.stem) for c in index["clips"] if c["status"] == "kept")
-    return known
-
-
-def _owners(
-    config: DataConfig, sources: Sequence[Source], known: Mapping[str, str]
-) -> dict[str, str]:
-    """clip id -> the first archive that holds it, of those without a shard: parts must agree."""
-    owners: dict[str, str] = {}
-    for source in sources:
-        if config.overwrite or not is_whole_index(shard_paths(config.store, source.name)[2]):
-            for clip in source.videos:
-                if clip not in known:
-                    owners.setdefault(clip, source.name)
-    return owners
+                made += _make_shard(config, source, found.layout, known, pool, bar)
+        return write_manifest(config, found, made, len(todo), begun)
 
 
 # ---------------------------------------------------------------- one shard
 
 
 def _make_shard(
-    config: DataConfig, source: Source, known: dict[str, str], pool: WorkerPool, bar: tqdm
+    config: DataConfig,
+    source: Source,
+    layout: str,
+    known: dict[str, str],
+    pool: WorkerPool,
+    bar: tqdm,
 ) -> int:
     """Writes frames, texts, then the index; returns the number of clips kept."""
     out, settings = config.store, config.settings
@@ -224,6 +142,7 @@ def _make_shard(
             index_path,
             {
                 "format": FORMAT,
+                "layout": layout,
                 "archive": relative_name(source.archive, config.root),
                 "fingerprint": source.fingerprint(),
                 "stamp": stamp,
