@@ -69,7 +69,7 @@ def load_conditions(
     """CLIP, embeddings and data of a run.
 
     validation: the split to validate on. num_images: how many come with each clip of training.
-    include_images: whether pictures are clips of training, as still videos.
+    include_images: whether images are clips of training, as still videos.
 
     Raises CheckpointError or EmbeddingError where the CLIP or its cache is missing or they do not
     belong together, and EmbeddingError where the cache holds other clips than the data, or the same

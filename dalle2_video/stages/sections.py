@@ -86,7 +86,7 @@ class ClipSection:
     """The video CLIP and its training."""
 
     images: bool = False
-    """Whether pictures of the data take part, as still videos."""
+    """Whether images of the data take part, as still videos."""
     captions: CaptionPolicy = default(CaptionPolicy)
     """Which of a clip's lines it meets in training."""
     model: ModelSection = default(ModelSection)
@@ -113,7 +113,7 @@ class PriorSection:
     """The prior and its training."""
 
     images: bool = False
-    """Whether pictures of the data take part, by the embeddings of still videos."""
+    """Whether images of the data take part, by the embeddings of still videos."""
     captions: CaptionPolicy = default(lambda: CaptionPolicy(join_probability=0.4))
     """Which of a clip's lines it meets in training."""
     model: PriorConfig = default(

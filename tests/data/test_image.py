@@ -143,13 +143,13 @@ def test_an_srgb_profile_and_a_damaged_one_change_nothing() -> None:
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
 def test_other_formats_are_refused(form: str) -> None:
-    with pytest.raises(ClipError, match="no picture: not a whole JPEG, PNG or WebP"):
+    with pytest.raises(ClipError, match="no image: not a whole JPEG, PNG or WebP"):
         decode_image(saved(Image.fromarray(TILES), form), 32)
 
 
 @pytest.mark.parametrize("data", [b"", b"%!PS-Adobe", bytes(1000)])
 def test_what_is_no_picture(data: bytes) -> None:
-    with pytest.raises(ClipError, match="no picture"):
+    with pytest.raises(ClipError, match="no image"):
         decode_image(data, 32)
 
 
@@ -165,7 +165,7 @@ def test_absurd_sizes_are_refused_before_they_are_decoded() -> None:
         huge[8:33] = chunk(b"IHDR", head)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with pytest.raises(ClipError, match="its picture is too large"):
+            with pytest.raises(ClipError, match="its image is too large"):
                 decode_image(bytes(huge), 32)
 
 

@@ -1,4 +1,4 @@
-"""Pictures with captions beside videos: through preprocess, the store, and into batches."""
+"""Images with captions beside videos: through preprocess, the store, and into batches."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.helpers.media import grey_steps, write_video
 from tests.helpers.stores import config, skipped
 
 VIDEOS = ("b", "f")
-PICTURES = {"a": ("jpg", 60), "c": ("png", 120), "d/e": ("webp", 180), "g": ("jpeg", 240)}
+IMAGES = {"a": ("jpg", 60), "c": ("png", 120), "d/e": ("webp", 180), "g": ("jpeg", 240)}
 EVERY = TrainingCaptions(CaptionPolicy(all_probability=1.0, join_probability=0.0))
 
 
-def picture(kind: str, grey: int) -> bytes:
+def image(kind: str, grey: int) -> bytes:
     file = io.BytesIO()
     name = {"jpg": "JPEG", "jpeg": "JPEG"}.get(kind, kind.upper())
     Image.new("RGB", (40, 24), (grey,) * 3).save(file, name, quality=95)
@@ -37,21 +37,21 @@ def picture(kind: str, grey: int) -> bytes:
 @pytest.fixture(params=["raw", "h264"])
 def made(tmp_path: Path, request) -> DataConfig:
     files = {f"{name}.mp4": write_video(grey_steps(30)) for name in VIDEOS}
-    files |= {f"{name}.{kind}": picture(kind, grey) for name, (kind, grey) in PICTURES.items()}
-    files |= {f"{name}.txt": f"About {name}.".encode() for name in (*VIDEOS, *PICTURES)}
+    files |= {f"{name}.{kind}": image(kind, grey) for name, (kind, grey) in IMAGES.items()}
+    files |= {f"{name}.txt": f"About {name}.".encode() for name in (*VIDEOS, *IMAGES)}
     root = write_files(tmp_path / "data", files)
     out = str(tmp_path / "store")
     return config(root, layout=None, out=out, encoding=request.param, splits={"train": 1.0})
 
 
-def test_pictures_reach_the_store(made: DataConfig) -> None:
+def test_images_reach_the_store(made: DataConfig) -> None:
     assert preprocess(made, log=lambda text: None).clips == 6 and skipped(made.store) == {}
     store = open_store(made)
     assert (len(store), store.num_images) == (2, 4)
     assert store.clip_ids == ["b", "f", "a", "c", "d/e", "g"], "videos first"
     assert store.split("train") == [0, 1] and store.images("train") == [2, 3, 4, 5]
     assert [store.key(place) for place in range(6)] == [f"{clip}:0" for clip in store.clip_ids]
-    for place, (_, grey) in enumerate(PICTURES.values(), 2):
+    for place, (_, grey) in enumerate(IMAGES.values(), 2):
         (still,) = store.stills([place], [3])
         assert still.shape == (16, 16, 3) and abs(still.astype(int) - grey).max() <= 2
         assert (store.frames([place])[0] == still).all(), "as a clip it is a still video"
@@ -61,11 +61,11 @@ def test_pictures_reach_the_store(made: DataConfig) -> None:
     mixed = store.frames([5, 0, 2])
     assert mixed[0].mean() > 235 and mixed[2].mean() < 65 and mixed[1][0].max() == 0
     report = check_store(made)
-    assert report.problems == [] and (report.clips, report.pictures) == (6, 4)
-    assert "(2 windows, 4 pictures)" in str(report)
+    assert report.problems == [] and (report.clips, report.images) == (6, 4)
+    assert "(2 windows, 4 images)" in str(report)
 
 
-def test_a_changed_picture_is_found(made: DataConfig) -> None:
+def test_a_changed_image_is_found(made: DataConfig) -> None:
     preprocess(made, log=lambda text: None)
     with h5py.File(shard_paths(made.store, "data")[0], "r+") as file:
         file["stills"][1, 0, 0] ^= 1
@@ -73,11 +73,11 @@ def test_a_changed_picture_is_found(made: DataConfig) -> None:
     assert problem == "data: clip c: its frames have changed on disk"
     with h5py.File(shard_paths(made.store, "data")[0], "r+") as file:
         del file["stills"]
-    with pytest.raises(StoreError, match=r"holds 0 pictures, index/data\.json says 4"):
+    with pytest.raises(StoreError, match=r"holds 0 images, index/data\.json says 4"):
         open_store(made)
 
 
-def test_a_stopped_run_goes_on_among_pictures(made: DataConfig, monkeypatch) -> None:
+def test_a_stopped_run_goes_on_among_images(made: DataConfig, monkeypatch) -> None:
     import dalle2_video.data.preprocess.clip as module
 
     real, seen = module.decode_image, []
@@ -92,19 +92,19 @@ def test_a_stopped_run_goes_on_among_pictures(made: DataConfig, monkeypatch) -> 
     with pytest.raises(KeyboardInterrupt):
         preprocess(made, log=lambda text: None)
     preprocess(made, log=lambda text: None)
-    assert len(seen) == 5, "two pictures were kept"
+    assert len(seen) == 5, "two images were kept"
     other = replace(made, out=f"{made.out}2")
     preprocess(other, log=lambda text: None)
     paths = [shard_paths(each.store, "data")[0].read_bytes() for each in (made, other)]
     assert paths[0] == paths[1]
 
 
-def test_joint_training_draws_from_frames_and_pictures(made: DataConfig) -> None:
+def test_joint_training_draws_from_frames_and_images(made: DataConfig) -> None:
     preprocess(made, log=lambda text: None)
     data = CelebVTextDataset(open_store(made), "train", 0, EVERY, num_images=3)
-    assert len(data) == 2, "pictures are no clips"
+    assert len(data) == 2, "images are no clips"
     epoch = [data.image_pointer(sample_id).key for sample_id in range(6)]
-    assert sorted(epoch) == sorted(f"{name}:0" for name in (*VIDEOS, *PICTURES)), "each once"
+    assert sorted(epoch) == sorted(f"{name}:0" for name in (*VIDEOS, *IMAGES)), "each once"
     batch = data.collate([data.pointer(0), data.pointer(1)])
     assert batch.images is not None and batch.images.frames is not None
     assert batch.images.keys == epoch
@@ -113,11 +113,11 @@ def test_joint_training_draws_from_frames_and_pictures(made: DataConfig) -> None
     ):
         clip = key.removesuffix(":0")
         assert caption == [f"About {clip}."] and frame.shape == (1, 16, 16, 3)
-        if clip in PICTURES:
-            assert abs(frame.float() - PICTURES[clip][1]).max() <= 2
+        if clip in IMAGES:
+            assert abs(frame.float() - IMAGES[clip][1]).max() <= 2
 
 
-def test_clip_and_prior_may_take_pictures_as_still_videos(made: DataConfig) -> None:
+def test_clip_and_prior_may_take_images_as_still_videos(made: DataConfig) -> None:
     preprocess(made, log=lambda text: None)
     store = open_store(made)
     data = CelebVTextDataset(store, "train", 0, EVERY, include_images=True)
@@ -126,20 +126,20 @@ def test_clip_and_prior_may_take_pictures_as_still_videos(made: DataConfig) -> N
     batch = data.collate([data.pointer(sample_id) for sample_id in range(6)])
     assert batch.frames is not None
     for key, frames in zip(batch.keys, batch.frames.numpy(), strict=True):
-        assert (frames == frames[0]).all() == (key[:-2] in PICTURES)
+        assert (frames == frames[0]).all() == (key[:-2] in IMAGES)
 
 
-def test_pictures_alone(made: DataConfig) -> None:
+def test_images_alone(made: DataConfig) -> None:
     for name in VIDEOS:
         (Path(made.root) / f"{name}.mp4").unlink()
     preprocess(made, log=lambda text: None)
     store = open_store(made)
-    with pytest.raises(StoreError, match="has pictures only, and needs videos here"):
+    with pytest.raises(StoreError, match="has images only, and needs videos here"):
         CelebVTextDataset(store, "train", 0, EvaluationCaptions())
     assert len(CelebVTextDataset(store, "train", 0, EVERY, include_images=True)) == 4
 
 
-def test_an_animated_picture_is_a_video(tmp_path: Path) -> None:
+def test_an_animated_image_is_a_video(tmp_path: Path) -> None:
     frames = [Image.fromarray(image) for image in grey_steps(15)]
     file = io.BytesIO()
     frames[0].save(

@@ -80,8 +80,8 @@ def test_what_has_no_partner_is_listed(tmp_path: Path) -> None:
     assert list(lines(root)) == ["a"]
     out = tmp_path / "store"
     assert skipped(out) == {
-        "README.txt": "a text without a video or picture of the same name",
-        "a.jpg": "a picture beside the video of the same name",
+        "README.txt": "a text without a video or image of the same name",
+        "a.jpg": "an image beside the video of the same name",
         "a.webm": "a second copy: a.mp4 is used",
         "b.mp4": "without text: no category has a usable file",
         "photo.heic": "a format that is not read: convert it to mp4, jpg or png",
@@ -307,7 +307,7 @@ def test_the_layout_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     preprocess(config(root, layout=None), log=said.append)
     assert said == [
-        f"{root}: 2 videos and pictures, 1 of them with texts, read as data.layout=folder"
+        f"{root}: 2 videos and images, 1 of them with texts, read as data.layout=folder"
     ]
 
 

@@ -334,7 +334,7 @@ def test_a_written_store_of_no_lines_at_all(tmp_path: Path) -> None:
 def test_a_shard_gets_as_many_windows_as_it_was_made_for(tmp_path: Path) -> None:
     frames = np.zeros(SETTINGS.shape, np.uint8)
     with (
-        pytest.raises(ValueError, match="2 windows and 0 pictures got 1 and 0"),
+        pytest.raises(ValueError, match="2 windows and 0 images got 1 and 0"),
         ShardWriter(tmp_path, "s", SETTINGS, 2) as writer,
     ):
         writer.append(frames, np.zeros(4))

@@ -44,7 +44,7 @@ def decode_image(source: bytes | str | os.PathLike[str], size: int) -> Square:
     """
     with open_picture(source) as picture:
         if is_animation(picture):
-            raise ClipError("no picture: an animation, which is a video")
+            raise ClipError("no image: an animation, which is a video")
         return picture_square(picture, size)
 
 
@@ -66,16 +66,16 @@ def open_picture(source: bytes | str | os.PathLike[str]) -> Iterator[Image.Image
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if picture.width * picture.height > MOST_PIXELS:
-                raise ClipError(f"its picture is too large: {picture.width} x {picture.height}")
+                raise ClipError(f"its image is too large: {picture.width} x {picture.height}")
             if picture.format == "PNG" and not is_animation(picture) and _PNG_END not in data:
                 raise ClipError("truncated: a PNG without its end")  # Pillow does not mind
             yield picture
     except ClipError:
         raise
     except UnidentifiedImageError as error:
-        raise ClipError("no picture: not a whole JPEG, PNG or WebP") from error
+        raise ClipError("no image: not a whole JPEG, PNG or WebP") from error
     except Image.DecompressionBombError as error:
-        raise ClipError(f"its picture is too large: {error}") from error
+        raise ClipError(f"its image is too large: {error}") from error
     except Exception as error:  # Pillow's readers raise anything, as the damage has it
         raise ClipError(f"damaged or truncated: {error or type(error).__name__}") from error
 

@@ -53,7 +53,7 @@ def video_stream(container: InputContainer) -> av.VideoStream:
 
 
 def _is_clip(stream: av.VideoStream) -> tuple[bool, bool, float]:
-    """Sorts streams by how likely they are the clip itself: no picture, with frames, long."""
+    """Sorts streams by how likely they are the clip itself: no image, with frames, long."""
     still = Disposition.attached_pic | Disposition.timed_thumbnails
     seconds = float((stream.duration or 0) * (stream.time_base or 0))
     return not stream.disposition & still, stream.frames != 1, seconds

@@ -33,7 +33,7 @@ class CheckReport:
     store: str
     clips: int
     windows: int
-    pictures: int
+    images: int
     shards: int
     gigabytes: float
     clips_by_split: dict[str, int]
@@ -52,9 +52,9 @@ class CheckReport:
             for name, clips in self.clips_by_split.items()
         )
         texts = ", ".join(f"{name} {count}" for name, count in self.clips_by_category.items())
-        pictures = f", {self.pictures} pictures" if self.pictures else ""
+        images = f", {self.images} images" if self.images else ""
         rows = [
-            f"{self.store}: {self.clips} clips ({self.windows} windows{pictures}) in {self.shards} "
+            f"{self.store}: {self.clips} clips ({self.windows} windows{images}) in {self.shards} "
             f"shards, {self.gigabytes:.3f} GB",
             f"splits: {splits}",
             f"texts: {self.lines_per_clip:.1f} lines per clip; clips with each kind: {texts}",
@@ -120,7 +120,7 @@ def check_store(config: DataConfig, seed: int = 0) -> CheckReport:
         store=str(root),
         clips=len(hashes),
         windows=len(store),
-        pictures=store.num_images,
+        images=store.num_images,
         shards=len(store.shards),
         gigabytes=size / 1e9,
         clips_by_split=by_split,

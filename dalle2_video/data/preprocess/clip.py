@@ -82,7 +82,7 @@ def _windows(
 
 
 def _still(file: bytes | Path, settings: StoreSettings) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """What is listed of a picture, and itself."""
+    """What is listed of an image, and itself."""
     square = decode_image(file, settings.size)
     made: dict[str, Any] = {"image": True}
     if square.converted:

@@ -37,7 +37,7 @@ class Journal:
     """Context that appends clips. `clips`: a dict per clip so far, those of a stopped run first.
 
     made_from: settings and fingerprint; a journal of others is thrown away. A kept clip's dict has
-    a "row", that of its first window in the shard (of a picture, marked "image", in its stills),
+    a "row", that of its first window in the shard (of an image, marked "image", in its stills),
     "bytes" of each window, and a "hash". One
     marked "lost" (its worker died or was stopped) is not taken over, so it gets another chance. An
     error leaves both files in place. fresh: takes nothing over. StoreError where another process
@@ -112,7 +112,7 @@ class Journal:
         self.clips.append(clip)
 
     def _count(self, clip: dict[str, Any]) -> None:
-        """Counts a kept clip: num_bytes of all, still_bytes of the pictures among them."""
+        """Counts a kept clip: num_bytes of all, still_bytes of the images among them."""
         size = sum(clip["bytes"])
         self.num_bytes += size
         if clip.get("image"):

@@ -30,7 +30,7 @@ def celebvtext_clips(listing: Listing) -> Clips:
     root = listing.root
     clips = Clips(root.name, listing.problems, CATEGORIES)
     unknown: set[tuple[str, str]] = set()
-    pictures = []
+    images = []
     names: set[str] = set()
     for file in listing.files:
         path = PurePosixPath(_inner(file))
@@ -39,7 +39,7 @@ def celebvtext_clips(listing: Listing) -> Clips:
             if not CLIP_NAME.fullmatch(path.stem):
                 clips.leave_out(file.member, "its name is no clip name, {11-character id}_{n}_{m}")
             elif suffix in IMAGE_SUFFIXES:
-                pictures.append((file, path.stem))
+                images.append((file, path.stem))
             else:
                 names.add(path.stem)
                 clips.add(_shard(file), path.stem, file.member)
@@ -56,9 +56,9 @@ def celebvtext_clips(listing: Listing) -> Clips:
                 clips.problems.append(Problem(archive, str(path.parent), cause))
         else:
             listing.ignored[suffix] += 1
-    for file, clip in pictures:
+    for file, clip in images:
         if clip in names:
-            clips.leave_out(file.member, "a picture beside the video of the same name")
+            clips.leave_out(file.member, "an image beside the video of the same name")
         else:
             clips.add(_shard(file), clip, file.member)
     return clips

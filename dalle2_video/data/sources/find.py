@@ -56,7 +56,7 @@ def find_sources(
         raise ArchiveError(f"{root} holds no clips: {EXPECTED}")
     number = sum(len(source.videos) for source in catalogue.sources)
     texts = sum(bool(texts) for source in catalogue.sources for texts in source.texts.values())
-    catalogue.found = f"{number} videos and pictures, {texts} of them with texts"
+    catalogue.found = f"{number} videos and images, {texts} of them with texts"
     return catalogue
 
 

@@ -64,7 +64,7 @@ class File(NamedTuple):
 @dataclass
 class Listing:
     """All files below a root. problems: what was left out; ignored: suffix -> number of files that
-    are neither video, picture, text, table nor archive.
+    are neither video, image, text, table nor archive.
     """
 
     root: Path

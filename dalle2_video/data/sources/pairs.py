@@ -1,4 +1,4 @@
-"""The layouts `folder` and `webdataset`: a text of the same name beside each video or picture.
+"""The layouts `folder` and `webdataset`: a text of the same name beside each video or image.
 
     folder        a.mp4, a.txt: any depth, any names; several lines are several captions
     webdataset    tar shards of key.mp4 + key.txt or key.json; the key ends at the first dot
@@ -22,27 +22,27 @@ JSON = "json"  # a text whose keys are categories
 
 
 def pair_clips(listing: Listing, first_dot: bool, columns: tuple[str, ...] | None) -> Clips:
-    """Clips with the texts of the same name. A text without a video, and a picture beside a video,
+    """Clips with the texts of the same name. A text without a video, and an image beside a video,
     are listed as problems.
     """
     clips = Clips(listing.root.name, listing.problems, columns=columns)
     videos: set[str] = set()
     texts: list[tuple[str, str, File]] = []
-    pictures: list[tuple[str, File]] = []
+    images: list[tuple[str, File]] = []
     for file in listing.files:
         clip, suffix = split_suffix(file.path, first_dot)
         if suffix.endswith(VIDEO_SUFFIXES):
             videos.add(clip)
             clips.add(file.container, clip, file.member)
         elif suffix.endswith(IMAGE_SUFFIXES):
-            pictures.append((clip, file))
+            images.append((clip, file))
         elif suffix.endswith(TEXT_SUFFIXES):
             texts.append((clip, CATEGORY if suffix.endswith(".txt") else JSON, file))
         else:
             listing.ignored[suffix] += 1
-    for clip, file in pictures:
+    for clip, file in images:
         if clip in videos:
-            clips.leave_out(file.member, "a picture beside the video of the same name")
+            clips.leave_out(file.member, "an image beside the video of the same name")
         else:
             clips.add(file.container, clip, file.member)
     ids = {clip for some in clips.videos.values() for clip in some}
@@ -50,7 +50,7 @@ def pair_clips(listing: Listing, first_dot: bool, columns: tuple[str, ...] | Non
         # a.mp4.txt is as good as a.txt
         name = clip if clip in ids else split_suffix(clip, first_dot)[0]
         if name not in ids:
-            clips.leave_out(file.member, "a text without a video or picture of the same name")
+            clips.leave_out(file.member, "a text without a video or image of the same name")
         elif category == JSON and CATEGORY in clips.texts.get(name, {}):
             listing.ignored[".json"] += 1  # the same caption again, and notes of a downloader
         else:

@@ -114,7 +114,7 @@ def table_clips(listing: Listing, tables: Sequence[File], columns: Columns) -> C
 
 @dataclass
 class _Media:
-    """Videos and pictures by their paths; names are compared in Unicode's composed form."""
+    """Videos and images by their paths; names are compared in Unicode's composed form."""
 
     listing: Listing
     files: dict[str, File] = field(default_factory=dict)

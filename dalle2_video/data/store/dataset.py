@@ -35,7 +35,7 @@ class Embeddings(Protocol):
 
 
 def embedding_keys(store: ClipStore) -> list[str]:
-    """The keys of every clip, split by split, pictures after videos: the order of a cache of
+    """The keys of every clip, split by split, images after videos: the order of a cache of
     embeddings.
     """
     return [
@@ -106,8 +106,8 @@ class CelebVTextDataset:
 
     seed keys the order and the caption choice; the store knows who is in which split.
     first_windows: one window of each clip, for evaluations that must not use a caption twice.
-    num_images: single frames of any clips, and pictures, that come with each clip of training, each
-    with its own caption and embedding; they have an order of their own. include_images: pictures
+    num_images: single frames of any clips, and images, that come with each clip of training, each
+    with its own caption and embedding; they have an order of their own. include_images: images
     are clips too, as still videos. Raises StoreError where the split has no clip.
     """
 
@@ -128,14 +128,14 @@ class CelebVTextDataset:
         self.clips = store.split(split)
         if first_windows:
             self.clips = [clip for clip in self.clips if store.windows[clip] == 0]
-        pictures = store.images(split)
-        self.stills = [*self.clips, *pictures]  # what has a frame to draw
+        images = store.images(split)
+        self.stills = [*self.clips, *images]  # what has a frame to draw
         if include_images:
             self.clips = self.stills
         if not self.clips:
-            if pictures:
+            if images:
                 raise StoreError(
-                    f"split {split!r} of {store.root} has pictures only, and needs videos here"
+                    f"split {split!r} of {store.root} has images only, and needs videos here"
                 )
             raise StoreError(
                 f"split {split!r} of {store.root} has none of its {len(store)} clips: "
@@ -188,7 +188,7 @@ class CelebVTextDataset:
 
     def image_pointer(self, sample_id: int) -> Pointer:
         """Whose frame training uses as image number `sample_id`: image j of clip c is c J + j. Its
-        index counts the clips of the split, then its pictures.
+        index counts the clips of the split, then its images.
         """
         index = self._image_order(sample_id)
         return Pointer(sample_id, index, self.store.key(self.stills[index]))

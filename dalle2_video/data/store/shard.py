@@ -2,17 +2,17 @@
 
 <root>/videos/<shard>.h5    a row per window; raw: "frames" uint8 RGB (N, F, H, W, 3); h264: "video"
                             uint8, a small video per row end to end, and "end" int64 (N,); both:
-                            "times" float64 (N, F) seconds; where there are pictures, "stills"
+                            "times" float64 (N, F) seconds; where there are images, "stills"
                             uint8 RGB (M, H, W, 3); attributes: settings. All contiguous
 <root>/texts/<shard>.pt     the tokens and the words of every line of every category, flat tensors
 <root>/index/<shard>.json   every clip of the archive: status, first row and number of windows, or
-                            cause; written last, so a shard without it does not exist. A picture has
+                            cause; written last, so a shard without it does not exist. An image has
                             "image": true, no window, and its row in "stills"
 <root>/manifest.json        all that was skipped and why, over all shards
 
 Every file is written under a temporary name and renamed when whole.
 
-Letters: N windows and M pictures of the shard, F frames, H W pixels.
+Letters: N windows and M images of the shard, F frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def is_whole_index(path: Path) -> bool:
 class ShardWriter:
     """Context that appends `rows` windows to videos/<shard>.h5; it appears if the block ends well.
 
-    num_bytes: of all windows together, which "h264" needs to know beforehand. stills: pictures,
+    num_bytes: of all windows together, which "h264" needs to know beforehand. stills: images,
     which are stored raw.
     """
 
@@ -133,9 +133,9 @@ class ShardWriter:
         return row
 
     def append_still(self, image: np.ndarray) -> int:
-        """Adds a picture, uint8 (H, W, 3) or flat; returns its row in "stills"."""
+        """Adds an image, uint8 (H, W, 3) or flat; returns its row in "stills"."""
         if self._still == self.stills:
-            raise ValueError(f"a shard of {self.stills} pictures is full")
+            raise ValueError(f"a shard of {self.stills} images is full")
         self._stills[self._still] = image.reshape(self.settings.shape[1:])
         self._still += 1
         return self._still - 1
@@ -149,7 +149,7 @@ class ShardWriter:
         self._file.close()
         if kind is None and (self._row, self._still) != (self.rows, self.stills):
             error = ValueError(
-                f"a shard of {self.rows} windows and {self.stills} pictures got {self._row} and "
+                f"a shard of {self.rows} windows and {self.stills} images got {self._row} and "
                 f"{self._still}"
             )
             self._whole.__exit__(ValueError, error, None)
@@ -194,7 +194,7 @@ class ShardReader:
         self._fill(out, self.frames_at, (row * self.shape[0] + first) * math.prod(self.shape[1:]))
 
     def read_still(self, row: int, out: np.ndarray) -> None:
-        """Fills uint8 (H, W, 3) with a picture."""
+        """Fills uint8 (H, W, 3) with an image."""
         self._fill(out, self.stills_at, row * math.prod(self.shape[1:]))
 
     def stored(self, row: int) -> np.ndarray:
@@ -227,7 +227,7 @@ class ShardReader:
 
 def check_shard(root: Path, shard: str, settings: StoreSettings, rows: int, stills: int) -> None:
     """StoreError where the files of a shard are missing, damaged, or hold another number of windows
-    or pictures than its index.
+    or images than its index.
     """
     video, text, _ = shard_paths(root, shard)
     for path in (video, text):
@@ -243,7 +243,7 @@ def check_shard(root: Path, shard: str, settings: StoreSettings, rows: int, stil
     if shape != (rows, *settings.shape):
         raise StoreError(f"{video} holds {shape}, index/{shard}.json says {rows} windows")
     if found != stills:
-        raise StoreError(f"{video} holds {found} pictures, index/{shard}.json says {stills}")
+        raise StoreError(f"{video} holds {found} images, index/{shard}.json says {stills}")
 
 
 def _data(file: h5py.File, name: str) -> h5py.Dataset:

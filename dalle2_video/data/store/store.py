@@ -29,7 +29,7 @@ from dalle2_video.data.store.texts import ShardTexts
 
 class Place(NamedTuple):
     """Where a window lies: clip id, shard, row of its frames, number in its clip, row of texts; and
-    the group that it shares its split with, None: the id of its video. image: it is a picture, row
+    the group that it shares its split with, None: the id of its video. image: it is an image, row
     in "stills".
     """
 
@@ -44,13 +44,13 @@ class Place(NamedTuple):
 
 class ClipStore:
     """All windows of the kept clips of a preprocessed folder, in a fixed order: shards by name,
-    then rows; then its pictures, in the same order.
+    then rows; then its images, in the same order.
 
     A window is what training calls a clip: addressed by its position 0 .. len - 1, with the clip id
     in `clip_ids`, its number within that clip in `windows`, and what it shares its split with in
     `groups`. warnings: what a user should know of the splits. draw_windows: whether training takes
     one window of a clip per epoch. Each process opens its own file handles, so an instance may be
-    forked or pickled into workers. Pictures follow at len .. len + num_images - 1; as a window, one
+    forked or pickled into workers. Images follow at len .. len + num_images - 1; as a window, one
     is a still video.
     """
 
@@ -148,7 +148,7 @@ class ClipStore:
         return self._of_split(name, range(len(self)))
 
     def images(self, name: str) -> list[int]:
-        """Positions of the pictures of one split, in order; StoreError for an unknown name."""
+        """Positions of the images of one split, in order; StoreError for an unknown name."""
         return self._of_split(name, range(len(self), len(self.clip_ids)))
 
     def _of_split(self, name: str, positions: range) -> list[int]:
@@ -183,7 +183,7 @@ class ClipStore:
 
     def stills(self, clips: Sequence[int], frames: Sequence[int]) -> np.ndarray:
         """uint8 (B, H, W, 3): frame number frames[i] of position clips[i]; raw reads no other. A
-        picture has the same at every number.
+        image has the same at every number.
         """
         out = np.empty((len(clips), *self.settings.shape[1:]), np.uint8)
         raw = self.settings.encoding == "raw"
@@ -201,7 +201,7 @@ class ClipStore:
         return out
 
     def is_image(self, clip: int) -> bool:
-        """Whether position `clip` is a picture."""
+        """Whether position `clip` is an image."""
         return clip >= len(self)
 
     def _still(self, clip: int) -> np.ndarray:
@@ -210,13 +210,13 @@ class ClipStore:
         return image
 
     def stored(self, clip: int) -> np.ndarray:
-        """uint8 (bytes,): the window at position `clip` as it lies on disk, or the picture."""
+        """uint8 (bytes,): the window at position `clip` as it lies on disk, or the image."""
         if self.is_image(clip):
             return self._still(clip).reshape(-1)
         return self._open(self.home(clip)).stored(int(self._row[clip]))
 
     def timestamps(self, clip: int) -> np.ndarray:
-        """float64 (F,): the time stamps in seconds of the clip's frames; zeros of a picture."""
+        """float64 (F,): the time stamps in seconds of the clip's frames; zeros of an image."""
         if self.is_image(clip):
             return np.zeros(self.settings.num_frames)
         return self._open(self.home(clip)).timestamps(int(self._row[clip]))
