@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     if settings.parts > 1:
         return
     store = open_store(settings.data)
-    print("splits: " + ", ".join(f"{name} {len(store.split(name))}" for name in store.splits))
+    print("splits: " + ", ".join(map(store.describe, store.splits)))
     for warning in store.warnings:
         print(f"warning: {warning}")
     print(f"next: {command_like_this('train_clip.py', 'train_name=run1')}")

@@ -134,9 +134,20 @@ def test_images_alone(made: DataConfig) -> None:
         (Path(made.root) / f"{name}.mp4").unlink()
     preprocess(made, log=lambda text: None)
     store = open_store(made)
+    assert store.warnings == ["there are images only: a U-Net trains on videos"]
     with pytest.raises(StoreError, match="has images only, and needs videos here"):
         CelebVTextDataset(store, "train", 0, EvaluationCaptions())
     assert len(CelebVTextDataset(store, "train", 0, EVERY, include_images=True)) == 4
+
+
+def test_every_split_gets_a_video(made: DataConfig) -> None:
+    """Images alone in `val` would be no validation; whatever the seed."""
+    preprocess(made, log=lambda text: None)
+    for seed in range(20):
+        store = open_store(replace(made, splits={"train": 0.5, "val": 0.5}, split_seed=seed))
+        assert len(store.split("train")) == len(store.split("val")) == 1
+        assert len(store.images("train")) + len(store.images("val")) == 4
+    assert store.describe("val").startswith("val 1")
 
 
 def test_an_animated_image_is_a_video(tmp_path: Path) -> None:

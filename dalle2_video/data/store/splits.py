@@ -73,8 +73,8 @@ def assign_splits(groups: Iterable[str], seed: int, fractions: Mapping[str, floa
         )
     if empty := [name for name in wanted if not count[name]]:
         warnings.append(
-            f"the split {', '.join(empty)} is empty: the data have only {len(found)} groups; ask "
-            "for fewer splits, such as data.splits={train: 1.0}"
+            f"the split {', '.join(empty)} is empty: the number of groups is {len(found)}; ask for "
+            "fewer splits, such as data.splits={train: 1.0}"
         )
     return Splits(found, warnings)
 

@@ -23,7 +23,7 @@ from dalle2_video.data.store.shard import (
     read_index,
     shard_paths,
 )
-from dalle2_video.data.store.splits import assign_splits, youtube_id
+from dalle2_video.data.store.splits import assign_splits, split_of, youtube_id
 from dalle2_video.data.store.texts import ShardTexts
 
 
@@ -79,9 +79,17 @@ class ClipStore:
         self._handles: dict[str, ShardReader] = {}
         self._texts: dict[str, ShardTexts] = {}
         self._pid = os.getpid()
-        made = assign_splits(self.groups, split_seed, splits) if splits else None
-        self.split_of_group = made.of_group if made else {}
-        self.warnings += made.warnings if made else []
+        self.split_of_group: dict[str, str] = {}
+        if splits:
+            # No split shall lack videos, so groups of images alone do not count.
+            made = assign_splits(self.groups[: len(self)] or self.groups, split_seed, splits)
+            others = set(self.groups) - made.of_group.keys()
+            self.split_of_group = made.of_group | {
+                group: split_of(group, split_seed, splits) for group in others
+            }
+            self.warnings += made.warnings
+        if self.num_images and not len(self):
+            self.warnings.append("there are images only: a U-Net trains on videos")
 
     @classmethod
     def open(
@@ -150,6 +158,11 @@ class ClipStore:
     def images(self, name: str) -> list[int]:
         """Positions of the images of one split, in order; StoreError for an unknown name."""
         return self._of_split(name, range(len(self), len(self.clip_ids)))
+
+    def describe(self, name: str) -> str:
+        """A split in words: its name, windows, and images where there are any."""
+        images = len(self.images(name))
+        return f"{name} {len(self.split(name))}" + (f" and {images} images" if images else "")
 
     def _of_split(self, name: str, positions: range) -> list[int]:
         if name not in self.splits:
