@@ -185,7 +185,7 @@ def test_a_file_that_goes_while_it_is_read(tmp_path: Path, monkeypatch) -> None:
     write_files(tmp_path / "data", files)
     real = os.stat
 
-    import dalle2_video.data.preprocess.run as module
+    import dalle2_video.data.preprocess.todo as module
 
     find = module.find_sources
 
