@@ -5,7 +5,6 @@ Folders and archives: test_odd_folders.py. Layouts: test_layouts.py.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -183,7 +182,6 @@ def test_links_to_files_and_to_the_same_folder(tmp_path: Path) -> None:
 def test_a_file_that_goes_while_it_is_read(tmp_path: Path, monkeypatch) -> None:
     files = {"odd.mp4": VIDEO, "odd.txt": b"Odd."}
     write_files(tmp_path / "data", files)
-    real = os.stat
 
     import dalle2_video.data.preprocess.todo as module
 
@@ -196,7 +194,7 @@ def test_a_file_that_goes_while_it_is_read(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "find_sources", lose)
     texts, causes, _ = made(tmp_path, {})
-    assert texts == {} and "FileNotFoundError" in causes["odd.mp4"] and os.stat is real
+    assert texts == {} and "FileNotFoundError" in causes["odd.mp4"]
 
 
 def test_archives_in_odd_states(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_fewer_groups_than_splits_is_a_warning() -> None:
     made = assign_splits(["a", "b"], 0, SPLITS)
     assert (
         len(set(made.of_group.values())) == 2
-        and "is empty: the number of groups is 2" in (made.warnings[-1])
+        and "since the number of groups is 2" in (made.warnings[-1])
     )
     assert assign_splits(["a"], 0, {"train": 1.0, "val": 0.0}) == Splits({"a": "train"}, [])
 

@@ -68,13 +68,12 @@ def assign_splits(groups: Iterable[str], seed: int, fractions: Mapping[str, floa
     if moved:
         warnings.append(
             f"{len(found)} groups are few for the splits {', '.join(wanted)}: "
-            f"{', '.join(moved)} moved so that none is empty, and may move again when data are "
-            "added"
+            f"{', '.join(moved)} moved into what had none, and may move again when data are added"
         )
     if empty := [name for name in wanted if not count[name]]:
         warnings.append(
-            f"the split {', '.join(empty)} is empty: the number of groups is {len(found)}; ask for "
-            "fewer splits, such as data.splits={train: 1.0}"
+            f"empty: {', '.join(empty)}, since the number of groups is {len(found)}; ask for fewer "
+            "splits, such as data.splits={train: 1.0}"
         )
     return Splits(found, warnings)
 
