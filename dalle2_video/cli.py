@@ -6,6 +6,7 @@ import what they run inside `main`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -88,6 +89,8 @@ def script(*reads: str) -> Callable[[Callable[[DictConfig], None]], Callable[...
                     print(_help(main.__globals__["__doc__"], reads, arguments))
                     return
                 TYPED[:] = sys.argv[1:]
+                if os.environ.get("RANK", "0") == "0" and (idle := without_effect(TYPED, reads)):
+                    print(f"not read by this script: {', '.join(idle)}", file=sys.stderr)
                 sys.argv[1:] = name_jobs(arguments)
                 with named_keys():
                     hydra.main(version_base=None, config_path=str(CONFIGS), config_name="config")(
@@ -98,6 +101,17 @@ def script(*reads: str) -> Callable[[Callable[[DictConfig], None]], Callable[...
         return run
 
     return decorate
+
+
+def without_effect(typed: Sequence[str], reads: Sequence[str]) -> list[str]:
+    """The keys of a command line that its script does not read; `experiment` fills in all of them,
+    and what is no key of ours is not judged here.
+    """
+    names = [re.match(r"[\w./@]+(?==)", word.lstrip("+~")) for word in typed]
+    keys = [name[0] for name in names if name]
+    ours = {field.name for field in dataclasses.fields(Settings)}
+    tops = {key: re.split(r"[./@]", key)[0] for key in keys}
+    return [key for key in keys if tops[key] in ours and tops[key] not in reads]
 
 
 @contextmanager
@@ -155,7 +169,9 @@ def name_jobs(arguments: Sequence[str]) -> list[str]:
     parsed = OverridesParser.create().parse_overrides(typed)
     same = [one.get_key_element() for one in parsed if not one.is_sweep_override()]
     excluded = ",".join(f"'{key}'" for key in [*NOT_IN_A_NAME, *same])
-    return [*arguments, f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"]
+    word = f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
+    place = arguments.index(typed[0]) if typed else len(arguments)  # argparse wants them together
+    return [*arguments[:place], word, *arguments[place:]]
 
 
 def command_like_this(script: str, *more: str) -> str:

@@ -9,7 +9,14 @@ import pytest
 from omegaconf import OmegaConf
 
 import sample
-from dalle2_video.cli import check_names, compose, name_jobs, quote_texts, sweep_folder
+from dalle2_video.cli import (
+    check_names,
+    compose,
+    name_jobs,
+    quote_texts,
+    sweep_folder,
+    without_effect,
+)
 from dalle2_video.config import ConfigError
 from tests.helpers.launching import ENVIRONMENT, ROOT
 
@@ -157,10 +164,40 @@ main()
 
 def test_a_job_is_named_by_what_differs_between_jobs() -> None:
     typed = ["-m", "train_name=x", "clip.train.lr=1e-3,2e-3", "unet=tsr,ssr", "seed=1"]
-    *same, last = name_jobs(typed)
-    assert same == typed
-    assert last.endswith("exclude_keys=['train_name','run_dir','unet','train_name','seed']")
+    first, word, *rest = name_jobs(typed)
+    assert [first, *rest] == typed
+    assert word.endswith("exclude_keys=['train_name','run_dir','unet','train_name','seed']")
     assert name_jobs(typed[1:]) == typed[1:]
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_several_jobs_may_be_asked_for_at_either_end(place: str, tmp_path: Path) -> None:
+    words = ["-m", f"run_dir={tmp_path}/none", "text=a,b", "num_samples=0,-1"]
+    words = words if place == "first" else [*words[1:], words[0]]
+    done = subprocess.run(
+        [sys.executable, "sample.py", *words],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("num_samples: must be above 0, got 0")
+
+
+def test_what_a_script_does_not_read_is_named() -> None:
+    typed = ["experiment=demo", "seed=1", "text=a, b", "+unets.base.train.lr=1", "-m", "clip=small"]
+    typed += ["hydra.verbose=true", "sample.steps=2", "unets/base=small", "~data.out"]
+    found = without_effect(typed, sample.main.reads)
+    assert found == ["seed", "unets.base.train.lr", "clip", "unets/base"]
+    done = subprocess.run(
+        [sys.executable, "sample.py", "seed=1", "run_dir=/none/run"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    said = done.stderr.splitlines()
+    assert said[0] == "not read by this script: seed" and done.returncode == 2
 
 
 def test_slurm_has_a_launcher() -> None:
