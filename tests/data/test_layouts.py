@@ -222,6 +222,19 @@ def test_bad_rows_are_listed_by_line(tmp_path: Path) -> None:
     }
 
 
+def test_two_files_of_one_id_in_a_table(tmp_path: Path) -> None:
+    """A poster beside a video: the caption of one must not reach the other."""
+    text = "file_name,text\na.mp4,A film.\na.jpg,A poster.\nb,By its id.\n"
+    names = ("a.jpg", "a.mp4", "b.jpg", "b.mp4")
+    root = write_files(tmp_path / "data", {**dict.fromkeys(names, VIDEO), "metadata.csv": text})
+    assert lines(root) == {"a": {"text": ["A film."]}, "b": {"text": ["By its id."]}}
+    assert skipped(tmp_path / "store") == {
+        "metadata.csv:3": "a.jpg and a.mp4 have one id: rename one of them",
+        "a.jpg": "no row of a table names it",
+        "b.jpg": "no row of a table names it",
+    }
+
+
 @pytest.mark.parametrize(
     ("table", "cause"),
     [

@@ -139,6 +139,15 @@ def test_a_bomb_of_archives_ends(root: Path) -> None:
     assert set(found.values()) == {"an archive inside an archive: unpack the outer one"}
 
 
+@pytest.mark.parametrize("outer", ["x.zip", "x.tar", "x.tar.gz"])
+def test_no_room_for_the_copy_of_an_inner_archive(root: Path, outer: str, monkeypatch) -> None:
+    """A bomb, or a small disk: it is listed before anything is copied."""
+    (root / outer).write_bytes(pack(outer, {"inner.zip": bytes(5000)}))
+    monkeypatch.setattr("dalle2_video.data.sources.listing.ROOM", 1e-12)
+    said = "an archive of 0.0 GB inside an archive: no room for a copy"
+    assert causes(root) == {"inner.zip": said}
+
+
 def test_the_last_member_of_a_name_is_used(tmp_path: Path) -> None:
     """As unpacking would leave it; the manifest lists the other one."""
     root = tmp_path / "data"

@@ -15,10 +15,11 @@ from dalle2_video.data.media.encode import encode_window
 from dalle2_video.data.media.frame import ClipError
 from dalle2_video.data.media.image import decode_image, is_animated
 from dalle2_video.data.sources.captions import CaptionError, read_text, split_line, to_line
-from dalle2_video.data.sources.listing import IMAGE_SUFFIXES, TEXT_BYTES
+from dalle2_video.data.sources.listing import TEXT_BYTES
 from dalle2_video.data.sources.member import ArchiveError, Member
 from dalle2_video.data.sources.pairs import JSON
 from dalle2_video.data.sources.source import Texts
+from dalle2_video.data.sources.suffixes import IMAGE_SUFFIXES
 from dalle2_video.data.sources.table import captions_of
 from dalle2_video.data.store.shard import TIMESTAMPS
 

@@ -11,9 +11,10 @@ import re
 from pathlib import PurePosixPath
 
 from dalle2_video.data.config import CATEGORIES
-from dalle2_video.data.sources.listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, File, Listing
+from dalle2_video.data.sources.listing import File, Listing
 from dalle2_video.data.sources.member import Problem
 from dalle2_video.data.sources.source import Clips
+from dalle2_video.data.sources.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 CLIP_NAME = re.compile(r".{11}(_\d+){1,2}")
 CATEGORY_OF = {

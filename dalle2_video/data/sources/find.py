@@ -8,18 +8,16 @@ from pathlib import Path, PurePosixPath
 
 from dalle2_video.data.config import Layout
 from dalle2_video.data.sources.celebvtext import CLIP_NAME, category_of, celebvtext_clips
-from dalle2_video.data.sources.listing import (
+from dalle2_video.data.sources.listing import File, Listing, list_files
+from dalle2_video.data.sources.member import ArchiveError
+from dalle2_video.data.sources.pairs import pair_clips, split_suffix
+from dalle2_video.data.sources.source import Catalogue, Clips
+from dalle2_video.data.sources.suffixes import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     VIDEO_SUFFIXES,
-    File,
-    Listing,
-    list_files,
 )
-from dalle2_video.data.sources.member import ArchiveError
-from dalle2_video.data.sources.pairs import pair_clips, split_suffix
-from dalle2_video.data.sources.source import Catalogue, Clips
 from dalle2_video.data.sources.table import Columns, is_table, table_clips
 
 EXPECTED = (

@@ -25,28 +25,19 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from dalle2_video.data.sources.member import READ_ERRORS, ArchiveError, Member, Problem, escaped
+from dalle2_video.data.sources.suffixes import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    UNFINISHED,
+    UNREAD_ARCHIVES,
+    UNREAD_MEDIA,
+    VIDEO_SUFFIXES,
+    archive_suffix,
+)
 
-VIDEO_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".qt", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".gif"),
-    *(".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob", ".flv", ".ogv", ".ogm", ".wmv", ".asf"),
-    *(".3gp", ".3g2"),
-)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp")
-TEXT_SUFFIXES = (".txt", ".json")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-ARCHIVE_SUFFIXES = (
-    *(".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz"),
-    *(".tar.xz", ".txz", ".tar.lzma"),
-)
-# Archives that Python cannot read in place, and pieces of split ones.
-UNREAD_ARCHIVES = re.compile(r"\.(7z|rar|zst|lz4|lz|lzma|gz|bz2|xz|cab|iso|dmg|z\d\d|\d{3})$", re.I)
-UNREAD_MEDIA = re.compile(
-    r"\.(rm|rmvb|mxf|m2v|m1v|h26[45]|26[45]|hevc|avc|ivf|obu|y4m|yuv|dv|bik|swf|"
-    r"heic|heif|avif|jxl|bmp|tiff?|jp2|psd|svg|dng|cr2|nef|arw)$",
-    re.I,
-)
-UNFINISHED = re.compile(r"\.(part|partial|crdownload|download|!ut|!qb|opdownload|aria2|tmp)$", re.I)
 NESTED = 3  # archives inside one another
+ROOM = 0.8  # of the free disk, for the copy of an archive inside another one
 TEXT_BYTES = 1 << 20  # of a text file: a caption is below 10 kB
 TABLE_BYTES = 1 << 30
 
@@ -123,12 +114,6 @@ def list_files(
         else:
             raise ArchiveError(f"{root} is neither a folder nor an archive")
     return listing
-
-
-def archive_suffix(name: str) -> str:
-    """The suffix of an archive's name, the longest one that fits, or ""."""
-    fitting = [suffix for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)]
-    return max(fitting, key=len, default="")
 
 
 def _walk(root: Path, problems: list[Problem]) -> Iterator[Path]:
@@ -281,14 +266,20 @@ class _Archive:
             return file.read(TEXT_BYTES + 1)
         if file is not None and lower.endswith(TABLE_SUFFIXES):
             return file.read(TABLE_BYTES)
-        if file is not None and archive_suffix(lower) and self._is_deep_enough():
+        if file is not None and archive_suffix(lower) and not self._why_not_copied(info.size):
             self._copy(file, info.name)
         return None
 
     # -------------------------------------------------------- archives inside it
 
-    def _is_deep_enough(self) -> bool:
-        return self.scratch is not None and self.depth < NESTED
+    def _why_not_copied(self, size: int) -> str:
+        """Why an archive of so many bytes inside this one is not copied out, or ""."""
+        if self.scratch is None or self.depth == NESTED:
+            return "an archive inside an archive: unpack the outer one"
+        place = next(path for path in self.scratch.parents if path.exists())
+        if size > ROOM * shutil.disk_usage(place).free:
+            return f"an archive of {size / 1e9:.1f} GB inside an archive: no room for a copy"
+        return ""
 
     def _inner_path(self, name: str) -> Path:
         assert self.scratch is not None
@@ -302,8 +293,8 @@ class _Archive:
             shutil.copyfileobj(file, copy, 1 << 20)
 
     def _list_nested(self, member: Member) -> None:
-        if not self._is_deep_enough():
-            self.listing.leave_out(member, "an archive inside an archive: unpack the outer one")
+        if cause := self._why_not_copied(member.size):
+            self.listing.leave_out(member, cause)
             return
         try:
             if member.kind == "zip":

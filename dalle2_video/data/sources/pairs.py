@@ -8,14 +8,9 @@ A clip's id is its path without suffix, below the root; archives count as folder
 
 from __future__ import annotations
 
-from dalle2_video.data.sources.listing import (
-    IMAGE_SUFFIXES,
-    TEXT_SUFFIXES,
-    VIDEO_SUFFIXES,
-    File,
-    Listing,
-)
+from dalle2_video.data.sources.listing import File, Listing
 from dalle2_video.data.sources.source import Clips
+from dalle2_video.data.sources.suffixes import IMAGE_SUFFIXES, TEXT_SUFFIXES, VIDEO_SUFFIXES
 
 CATEGORY = "text"
 JSON = "json"  # a text whose keys are categories

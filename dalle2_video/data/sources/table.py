@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dalle2_video.data.sources.listing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, File, Listing
+from dalle2_video.data.sources.listing import File, Listing
 from dalle2_video.data.sources.member import ArchiveError, Member, Problem
 from dalle2_video.data.sources.pairs import split_suffix
 from dalle2_video.data.sources.source import Clips
+from dalle2_video.data.sources.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 FILE_COLUMNS = (
     *("file_name", "file", "filename", "path", "file_path", "filepath"),
@@ -102,7 +103,7 @@ def table_clips(listing: Listing, tables: Sequence[File], columns: Columns) -> C
             clips.leave_out(table.member, cause)
     for file in media.files.values():
         clip = split_suffix(file.path)[0]
-        if clip in clips.groups:
+        if media.named.get(clip) is file:
             clips.add(file.container, clip, file.member)
         else:
             clips.leave_out(file.member, "no row of a table names it")
@@ -118,15 +119,18 @@ class _Media:
 
     listing: Listing
     files: dict[str, File] = field(default_factory=dict)
-    stems: dict[str, File] = field(default_factory=dict)
+    stems: dict[str, File] = field(default_factory=dict)  # a video before an image
+    named: dict[str, File] = field(default_factory=dict)  # clip id -> the file of its first row
 
     def __post_init__(self) -> None:
         self.root = self.listing.root.resolve().as_posix() + "/"
         for file in self.listing.files:
             stem, suffix = split_suffix(file.path)
-            if suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
+            if suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES:
                 self.files[_composed(file.path)] = file
-                self.stems.setdefault(_composed(stem), file)
+                first = self.stems.setdefault(_composed(stem), file)
+                if suffix in VIDEO_SUFFIXES and split_suffix(first.path)[1] in IMAGE_SUFFIXES:
+                    self.stems[_composed(stem)] = file
 
     def find(self, name: str, folder: str) -> File | None:
         """The file that a row of a table in `folder` names, with or without suffix."""
@@ -155,6 +159,8 @@ def _read_table(table: File, wanted: Columns, media: _Media, clips: Clips) -> No
             cause = f"names no file in its column {columns.file}"
         elif (file := media.find(file_name, folder)) is None:
             cause = f"{file_name} is not there"
+        elif (first := media.named.setdefault(split_suffix(file.path)[0], file)) is not file:
+            cause = f"{file_name} and {first.path} have one id: rename one of them"
         else:
             _add_row(row, columns, where, split_suffix(file.path)[0], table.member, clips)
             continue
