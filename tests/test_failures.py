@@ -13,10 +13,12 @@ import pytest
 
 from dalle2_video import failures
 from dalle2_video.data.atomic import read_text
+from dalle2_video.data.preprocess.manifest import Summary
 from dalle2_video.data.store.splits import split_of
 from dalle2_video.errors import UserError
+from dalle2_video.faces.writer import read_attributes
 from dalle2_video.failures import line_of, one_line_errors
-from dalle2_video.training.accelerator import make_accelerator
+from dalle2_video.training.accelerator import chosen_precision, make_accelerator
 from dalle2_video.training.config import RunConfig, TrainConfig
 from dalle2_video.training.config_guard import config_of
 from dalle2_video.training.log import read_metrics
@@ -115,6 +117,40 @@ def test_out_of_memory_says_what_to_make_smaller() -> None:
 
     line = line_of(error_of(torch.empty, 1 << 60))
     assert line is not None and "smaller micro_batch_size" in line and "\n" not in line
+
+
+OUTCOME = re.compile(r"^\| ([^|]+) \| ([^|]+) \|$", re.M)
+
+
+def test_the_table_of_outcomes_is_true(tmp_path, monkeypatch, capsys) -> None:
+    """Each line of the second table, as the code prints it; "..." is what varies."""
+    import torch
+
+    page = (ROOT / "docs/usage.md").read_text().split("| what happened |")[1].split("\n\n")[0]
+    rows = {match[1]: match[2] for match in OUTCOME.finditer(page) if "---" not in match[0]}
+    empty = Summary(0, 0, 1, 0, {"no whole archive": 1}, 0, {}, 0, 0.0, 0.0, {}, "store")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    sections = error_of(chosen_precision, "no")
+    launch = tmp_path / "deepspeed.json"
+    launch.write_text('{"optimizer": {"type": "Adam"}}')
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(launch))
+    with pytest.raises(SystemExit), one_line_errors():
+        raise KeyboardInterrupt
+    printed = {
+        "the disk is full": line_of(no_space("/x/y")),
+        "`evaluate.py` on clips": line_of(error_of(read_attributes, tmp_path / "attributes.jsonl")),
+        "no clip is usable": line_of(error_of(empty.raise_if_empty)),
+        "`--mixed_precision bf16`": line_of(sections),
+        "a DeepSpeed file": line_of(error_of(make_accelerator, TrainConfig(), RunConfig("x"))),
+        "Ctrl-C": capsys.readouterr().err.strip(),
+        "memory runs out": line_of(error_of(torch.empty, 1 << 60)),
+    }
+    assert len(rows) == len(printed)
+    for what, line in printed.items():
+        (cell,) = (cell for row, cell in rows.items() if row.startswith(what))
+        quoted = re.findall(r"`([^`]+)`", cell)[0]
+        pattern = re.escape(quoted).replace(r"\.\.\.", ".*")
+        assert line is not None and re.search(pattern, line), f"{what}: {line}"
 
 
 def test_a_text_that_is_not_utf8_names_its_file_and_byte(tmp_path) -> None:
