@@ -72,6 +72,7 @@ def test_what_has_no_partner_is_listed(tmp_path: Path) -> None:
             "a.jpg": b"a thumbnail",
             "a.webm": b"the same clip again",
             "b.mp4": VIDEO,
+            "a.mp4.txt": "Another text.",
             "README.txt": "what this is",
             "notes.pdf": b"",
             "photo.heic": b"",
@@ -81,6 +82,7 @@ def test_what_has_no_partner_is_listed(tmp_path: Path) -> None:
     out = tmp_path / "store"
     assert skipped(out) == {
         "README.txt": "a text without a video or image of the same name",
+        "a.txt": "a second text: a.mp4.txt is used",
         "a.jpg": "an image beside the video of the same name",
         "a.webm": "a second copy: a.mp4 is used",
         "b.mp4": "without text: no category has a usable file",

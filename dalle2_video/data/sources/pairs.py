@@ -48,9 +48,11 @@ def pair_clips(listing: Listing, first_dot: bool, columns: tuple[str, ...] | Non
             clips.leave_out(file.member, "a text without a video or image of the same name")
         elif category == JSON and CATEGORY in clips.texts.get(name, {}):
             listing.ignored[".json"] += 1  # the same caption again, and notes of a downloader
+        elif first := clips.texts.get(name, {}).get(category):
+            clips.leave_out(file.member, f"a second text: {first[0].name} is used")
         else:
             found = clips.texts.setdefault(name, {})
-            found.setdefault(category, []).append(file.member)
+            found[category] = [file.member]
             if category == CATEGORY and found.pop(JSON, None):
                 listing.ignored[".json"] += 1
     clips.groups = {clip: clip for clip in ids}
