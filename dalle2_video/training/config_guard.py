@@ -26,7 +26,7 @@ FREE = tuple(
         *("train.clips", "train.minutes", "micro_batch_size", "log_every_clips", "val_every_clips"),
         *("save_every_clips", "keep_checkpoints", "keep_every_clips", "workers", "root", "out"),
         *("encoding", "seconds_per_clip", "overwrite", "activation_checkpointing", "compile"),
-        *("data.layout", "file_column", "caption_columns", "group_column"),  # see data_facts
+        *("layout", "file_column", "caption_columns", "group_column"),  # of reading data.root
     )
 )
 

@@ -89,6 +89,18 @@ def test_a_folder_begun_under_older_keys_goes_on(tmp_path) -> None:
         train(tiny_stage(), tiny_config(clips=40), replace(run, resolved=wrong))
 
 
+def test_a_run_goes_on_when_its_data_get_a_layout(tmp_path) -> None:
+    """How the root is read may be named later; the clips themselves are compared elsewhere."""
+    old, new = (
+        f"data: {{size: 8{more}}}\ntiny: {{train: {{lr: 0.01}}}}\n"
+        for more in ("", ", layout: celebvtext, file_column: x, caption_columns: [a]")
+    )
+    run = RunConfig(str(tmp_path), section="tiny", resolved=old)
+    train(tiny_stage(), tiny_config(clips=16), run)
+    moved = replace(run, resolved=new)
+    assert train(tiny_stage(), tiny_config(), moved).progress.clips == 32
+
+
 def test_differences_are_few_and_named() -> None:
     there = {f"k{i}": 0 for i in range(9)}
     told = differences(there, {name: 1 for name in there})
