@@ -128,7 +128,8 @@ def test_the_table_of_outcomes_is_true(tmp_path, monkeypatch, capsys) -> None:
 
     page = (ROOT / "docs/usage.md").read_text().split("| what happened |")[1].split("\n\n")[0]
     rows = {match[1]: match[2] for match in OUTCOME.finditer(page) if "---" not in match[0]}
-    empty = Summary(0, 0, 1, 0, {"no whole archive": 1}, 0, {}, 0, 0.0, 0.0, {}, "store")
+    cause = "no whole archive: File is not a zip file"
+    empty = Summary(0, 0, 1, 0, {"no whole archive": 1}, 0, {}, 0, 0.0, 0.0, {}, cause, "store")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     sections = error_of(chosen_precision, "no")
     launch = tmp_path / "deepspeed.json"

@@ -10,6 +10,7 @@ import pytest
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.find import find_sources
 from dalle2_video.data.sources.source import Catalogue
+from dalle2_video.data.sources.table import ColumnError
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.data.store.store import ClipStore
 from tests.helpers.files import write_files, write_tar
@@ -192,6 +193,17 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     assert found == {"a": {"en": ["A man."]}, "b": {"en": ["A cat."]}}
     index = json.loads((tmp_path / "store" / "index" / "data.json").read_text())
     assert {clip["group"] for clip in index["clips"]} == {"7"}
+
+
+def test_a_column_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """The user named it, so nothing else is taken instead."""
+    root = write_files(tmp_path / "data", {"a.mp4": VIDEO, "metadata.csv": "file,Text\na.mp4,A.\n"})
+    for key in ("file_column", "group_column", "caption_columns"):
+        value = ["nope"] if key == "caption_columns" else "nope"
+        said = rf"data\.{key}: no column nope in metadata\.csv, it has file, Text"
+        with pytest.raises(ColumnError, match=said):
+            lines(root, **{key: value})
+    assert lines(root, caption_columns=["text"]) == {"a": {"Text": ["A."]}}
 
 
 def test_a_name_in_either_form_of_unicode(tmp_path: Path) -> None:

@@ -572,7 +572,7 @@ def test_the_script_ends_with_one_line_that_says_what_is_wrong(tmp_path: Path) -
         ("nowhere", f"data.root={tmp_path}/nowhere does not exist"),
         (
             "damaged",
-            f"{tmp_path}/damaged: no clip is usable, mostly: no whole archive; all causes are in ",
+            f"{tmp_path}/damaged: no clip is usable, mostly: no whole archive: ",
         ),
     ):
         (tmp_path / "damaged").mkdir(exist_ok=True)

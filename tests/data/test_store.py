@@ -99,6 +99,13 @@ def test_fewer_groups_than_splits_is_a_warning() -> None:
     assert assign_splits(["a"], 0, {"train": 1.0, "val": 0.0}) == Splits({"a": "train"}, [])
 
 
+def test_a_small_group_is_what_fills_an_empty_split() -> None:
+    for seed in range(20):
+        made = assign_splits(["large"] * 50 + ["small"], seed, {"train": 0.9, "val": 0.1})
+        if split_of("large", seed, {"train": 0.9, "val": 0.1}) == "train":
+            assert made.of_group == {"large": "train", "small": "val"}
+
+
 def store_of(groups: list[str | None], splits: dict[str, float], root: Path) -> ClipStore:
     """A store of one shard whose clips, "clip 0" and so on, have these groups."""
     places = [Place(f"clip {k:06d}", "a", k, 0, k, group) for k, group in enumerate(groups)]

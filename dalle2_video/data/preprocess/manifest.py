@@ -22,7 +22,9 @@ from dalle2_video.data.store.shard import (
 
 @dataclass(frozen=True)
 class Summary:
-    """What one run found and did; skipped counts clips and members by kind of cause."""
+    """What one run found and did; skipped counts clips and members by kind of cause;
+    most is a cause of the most common kind.
+    """
 
     clips: int
     made: int
@@ -35,14 +37,14 @@ class Summary:
     gigabytes: float
     minutes: float
     ignored: dict[str, int]
+    most: str
     store: str
 
     def raise_if_empty(self) -> None:
         """StoreError where there were archives and no clip of them is usable."""
         if self.clips == 0 and (self.skipped or self.shards):
-            most = max(self.skipped, key=self.skipped.__getitem__, default="no clip was found")
             raise StoreError(
-                f"{self.store}: no clip is usable, mostly: {most}; all causes are in "
+                f"{self.store}: no clip is usable, mostly: {self.most}; all causes are in "
                 f"{self.store}/manifest.json"
             )
 
@@ -111,6 +113,7 @@ def write_manifest(
         gigabytes=size / 1e9,
         minutes=(time.monotonic() - begun) / 60,
         ignored=dict(sorted(catalogue.ignored.items())),
+        most=_most_common([item["cause"] for item in skipped]),
         store=str(config.store),
     )
     manifest = {
@@ -126,6 +129,13 @@ def write_manifest(
     }
     write_json(config.store / "manifest.json", manifest)
     return summary
+
+
+def _most_common(causes: list[str]) -> str:
+    """The first cause of the most common kind; causes of one kind begin alike, up to a colon."""
+    kinds = Counter(cause.split(":")[0] for cause in causes)
+    most = max(kinds, key=kinds.__getitem__, default="")
+    return next((cause for cause in causes if cause.startswith(most)), "no clip was found")
 
 
 def relative_name(archive: str, root: str) -> str:

@@ -66,6 +66,10 @@ class TableError(ArchiveError):
     """A table that cannot be read; the message is the cause."""
 
 
+class ColumnError(ArchiveError):
+    """A column that the configuration names and a table lacks."""
+
+
 def captions_of(row: Mapping[str, Any], columns: Sequence[str] | None) -> dict[str, list[str]]:
     """Category -> captions of a row, or of a JSON text. columns: None takes every value with words
     but those of BOOKKEEPING.
@@ -98,6 +102,8 @@ def table_clips(listing: Listing, tables: Sequence[File], columns: Columns) -> C
     for table in tables:
         try:
             _read_table(table, columns, media, clips)
+        except ColumnError:
+            raise
         except (ArchiveError, csv.Error, ValueError) as error:
             cause = f"the rest of the table is not read: {error}"
             clips.leave_out(table.member, cause)
@@ -246,6 +252,10 @@ def _columns(data: bytes, name: str, wanted: Columns) -> Columns:
         for column, value in row.items():
             if column is not None and not seen.get(column):
                 seen[column] = not isinstance(value, str | int | float) or not _is_number(value)
+    asked = [("file_column", wanted.file), ("group_column", wanted.group)]
+    for key, column in [*asked, *(("caption_columns", one) for one in wanted.captions or ())]:
+        if column is not None and _one_of(seen, (column,)) is None:
+            raise ColumnError(f"data.{key}: no column {column} in {name}, it has {', '.join(seen)}")
     file = _one_of(seen, FILE_COLUMNS if wanted.file is None else (wanted.file,))
     if file is None:
         raise TableError(
@@ -253,16 +263,12 @@ def _columns(data: bytes, name: str, wanted: Columns) -> Columns:
             f"or data.file_column one of {', '.join(map(str, seen)) or 'none'}"
         )
     group = _one_of(seen, GROUP_COLUMNS if wanted.group is None else (wanted.group,))
-    if wanted.group is not None and group is None:
-        raise TableError(f"no column {wanted.group} (data.group_column) in {', '.join(seen)}")
     captions = wanted.captions
     if captions is None:
         others = {file, group, *BOOKKEEPING}
         captions = tuple(c for c, words in seen.items() if words and c not in others)
-    elif missing := [column for column in captions if column not in seen]:
-        raise TableError(
-            f"no column {', '.join(missing)} (data.caption_columns) in {', '.join(seen)}"
-        )
+    else:
+        captions = tuple(found for one in captions if (found := _one_of(seen, (one,))))
     return Columns(file, group, captions)
 
 

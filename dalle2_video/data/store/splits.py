@@ -45,11 +45,12 @@ def assign_splits(groups: Iterable[str], seed: int, fractions: Mapping[str, floa
     """The split of every group: `split_of`, except that no split that has a share stays empty where
     there are groups enough.
 
-    An empty one takes the group whose number is nearest to its own share of [0, 1), out of the
-    split that has the most. So only sets of a few groups differ from `split_of`, and in those a
-    group may change its split when others come.
+    groups: that of each clip. An empty split takes the smallest group of the split that has the
+    most, and of equal ones that whose number is nearest to its own share of [0, 1). So only sets of
+    a few groups differ from `split_of`, and in those a group may change its split when others come.
     """
-    found = {group: split_of(group, seed, fractions) for group in sorted(set(groups))}
+    sizes = Counter(groups)
+    found = {group: split_of(group, seed, fractions) for group in sorted(sizes)}
     count = Counter(found.values())
     wanted = [name for name, fraction in fractions.items() if fraction > 0]
     moved = []
@@ -59,7 +60,7 @@ def assign_splits(groups: Iterable[str], seed: int, fractions: Mapping[str, floa
             continue
         middle = _middle(name, fractions)
         mine = [group for group, split in found.items() if split == rich]
-        nearest = min(mine, key=lambda group: (abs(_point(group, seed) - middle), group))
+        nearest = min(mine, key=lambda one: (sizes[one], abs(_point(one, seed) - middle), one))
         found[nearest] = name
         count[name] += 1
         count[rich] -= 1
