@@ -204,6 +204,8 @@ def test_a_column_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(ColumnError, match=said):
             lines(root, **{key: value})
     assert lines(root, caption_columns=["text"]) == {"a": {"Text": ["A."]}}
+    with pytest.raises(ColumnError, match="no column nope"):
+        lines(root, caption_columns=["nope"])  # and with a store that is there
 
 
 def test_a_name_in_either_form_of_unicode(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dalle2_video.data.sources.member import ArchiveError, Member, Problem
 from dalle2_video.data.sources.pairs import split_suffix
 from dalle2_video.data.sources.source import Clips
 from dalle2_video.data.sources.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from dalle2_video.errors import UserError
 
 FILE_COLUMNS = (
     *("file_name", "file", "filename", "path", "file_path", "filepath"),
@@ -66,7 +67,7 @@ class TableError(ArchiveError):
     """A table that cannot be read; the message is the cause."""
 
 
-class ColumnError(ArchiveError):
+class ColumnError(UserError):
     """A column that the configuration names and a table lacks."""
 
 
