@@ -12,7 +12,7 @@ import pytest
 from dalle2_video.data.media.decode import decode_clip
 from dalle2_video.data.media.encode import encode_mp4
 from dalle2_video.data.media.frame import ClipError, frame_to_rgb
-from dalle2_video.data.media.stream import decode_frames, stream_length
+from dalle2_video.data.media.stream import _packets, decode_frames, stream_length
 from tests.helpers.media import grey_steps, index_first, numbers, write_video
 
 
@@ -238,3 +238,17 @@ def test_damaged_bytes_are_found() -> None:
     video[middle : middle + 4000] = bytes(4000)
     with pytest.raises(ClipError, match="damaged"):
         decode_clip(bytes(video), 10.0, 20, 32)
+
+
+def test_a_stream_that_appears_midway_is_damage() -> None:
+    """PyAV has an IndexError for a packet of it, which a damaged MPEG stream can set off."""
+
+    class Container:
+        def demux(self, stream: object):
+            yield "a packet"
+            raise IndexError("list index out of range")
+
+    packets = _packets(Container(), None)  # type: ignore[arg-type]
+    assert next(packets) == "a packet"
+    with pytest.raises(ClipError, match="damaged: a stream appears"):
+        next(packets)

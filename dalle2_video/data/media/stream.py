@@ -74,7 +74,7 @@ def stream_length(source: bytes | str | os.PathLike[str]) -> float:
         frame = mean_frame_duration(stream)
         tick = float(stream.time_base or Fraction(1, 1000))
         begins, ends = [], []
-        for packet in container.demux(stream):
+        for packet in _packets(container, stream):
             if packet.pts is not None and not packet.is_discard:
                 begins.append(packet.pts * tick)
                 ends.append(begins[-1] + (packet.duration * tick if packet.duration else frame))
@@ -108,7 +108,7 @@ def decode_frames(
     codec = _decoder(stream)
     codec.options = {"err_detect": "explode"}
     codec.thread_count = 1  # clips run in parallel, so each keeps to one core
-    for packet, end in _with_end(container.demux(stream)):
+    for packet, end in _with_end(_packets(container, stream)):
         if packet.is_corrupt:
             raise ClipError("truncated: a packet is cut off")
         if codec.name == "h264":
@@ -120,6 +120,16 @@ def decode_frames(
             if frame.is_corrupt:
                 raise ClipError("damaged: a frame does not decode whole")
             yield frame
+
+
+def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets; ClipError where a damaged MPEG stream announces another one midway,
+    which PyAV has no place for.
+    """
+    try:
+        yield from container.demux(stream)
+    except IndexError as error:
+        raise ClipError("damaged: a stream appears that its beginning does not name") from error
 
 
 def _decoder(stream: av.VideoStream) -> av.VideoCodecContext:
