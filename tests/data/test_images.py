@@ -150,6 +150,13 @@ def test_every_split_gets_a_video(made: DataConfig) -> None:
     assert store.describe("val").startswith("val 1")
 
 
+def test_groups_stay_with_their_clips(made: DataConfig) -> None:
+    """Images come after videos in a store, and so must their groups."""
+    preprocess(made, log=lambda text: None)
+    store = open_store(made)
+    assert store.groups == store.clip_ids == ["b", "f", "a", "c", "d/e", "g"]
+
+
 def test_an_animated_image_is_a_video(tmp_path: Path) -> None:
     frames = [Image.fromarray(image) for image in grey_steps(15)]
     file = io.BytesIO()

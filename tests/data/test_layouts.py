@@ -184,6 +184,14 @@ def test_rows_of_one_file_are_its_captions(tmp_path: Path) -> None:
     assert lines(root) == {"a": {"caption": ["One.", "Two.", "Three.", "Four."]}}
 
 
+def test_a_corrected_cell_of_the_same_length_is_noticed(tmp_path: Path) -> None:
+    table = "file_name,text\na.mp4,A cat.\n"
+    root = write_files(tmp_path / "data", {"a.mp4": VIDEO, "metadata.csv": table})
+    assert lines(root) == {"a": {"text": ["A cat."]}}
+    write_files(root, {"metadata.csv": table.replace("cat", "dog")})
+    assert lines(root) == {"a": {"text": ["A dog."]}}
+
+
 def test_columns_may_be_named(tmp_path: Path) -> None:
     text = "clip_file,de,en,person\na.mp4,Ein Mann.,A man.,7\nb.mp4,Eine Katze.,A cat.,7\n"
     root = write_files(tmp_path / "data", {"a.mp4": VIDEO, "b.mp4": VIDEO, "clips.csv": text})

@@ -5,6 +5,7 @@ Folders and archives: test_odd_folders.py. Layouts: test_layouts.py.
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -221,6 +222,24 @@ def test_archives_in_odd_states(tmp_path: Path) -> None:
     }
     listed = {item["archive"] for item in manifest(store.root)["skipped"]}
     assert listed == {"empty.zip"} and set(causes) == {""}
+
+
+def test_damaged_headers_of_tars_end(tmp_path: Path) -> None:
+    """A size below zero leads back for ever; a time may be no number; a name may begin with PK."""
+    infos = [tarfile.TarInfo(name) for name in ("a.mp4", "b.mp4")]
+    infos[1].size = -1024
+    back = b"".join(info.tobuf(tarfile.GNU_FORMAT) for info in infos) + bytes(1024)
+    timeless = tarfile.TarInfo("PK.mp4")
+    timeless.size, timeless.pax_headers = len(VIDEO), {"mtime": "nan"}
+    pad = bytes(-len(VIDEO) % 512)
+    text = tarfile.TarInfo("PK.txt")
+    text.size = 4
+    named = timeless.tobuf(tarfile.PAX_FORMAT) + VIDEO + pad + text.tobuf() + b"Odd." + bytes(1532)
+    packed = pack("x.tar", {"PK.mp4": VIDEO, "PK.txt": b"Odd."})
+    files = {"back.tar": back, "named.tar": named, "plain.tar": packed}
+    texts, _, store = made(tmp_path, files)
+    assert texts == {"named/PK": ["Odd."], "plain/PK": ["Odd."]}
+    assert "back.tar" in {item["archive"] for item in manifest(store.root)["skipped"]}
 
 
 def test_excel_says_its_separator(tmp_path: Path) -> None:

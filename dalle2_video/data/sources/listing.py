@@ -24,7 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from dalle2_video.data.sources.member import READ_ERRORS, ArchiveError, Member, Problem, escaped
+from dalle2_video.data.sources.member import (
+    READ_ERRORS,
+    ArchiveError,
+    Member,
+    Problem,
+    escaped,
+    tar_members,
+    tar_stamp,
+)
 from dalle2_video.data.sources.suffixes import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
@@ -211,8 +219,8 @@ class _Archive:
     def _members(self) -> Iterator[tuple[Member, str]]:
         """(member, why it is left out, or "") by the file's content, not its suffix."""
         with open(self.path, "rb") as file:
-            begin = file.read(2)
-        if self.path.lower().endswith(".zip") or begin == b"PK":
+            begin = file.read(4)
+        if self.path.lower().endswith(".zip") or begin in (b"PK\3\4", b"PK\5\6", b"PK\7\x08"):
             found = self._zip()
         else:
             found = self._tar()
@@ -238,7 +246,7 @@ class _Archive:
         except tarfile.ReadError:
             tar, kind = tarfile.open(self.path, "r|*"), "stream"
         with tar:
-            for info in tar:
+            for info in tar_members(tar):
                 if info.isdir():
                     continue
                 cause = ""
@@ -249,7 +257,7 @@ class _Archive:
                 data = None
                 if kind == "stream" and not cause:
                     data = self._kept(tar, info)
-                stamp = int(info.mtime)
+                stamp = tar_stamp(info)
                 yield self._member(kind, info.name, info.size, info.offset_data, data, stamp), cause
 
     def _member(
@@ -304,7 +312,7 @@ class _Archive:
                         self._copy(file, member.name)
             elif member.kind == "tar":
                 with tarfile.open(self.path, "r:") as tar:
-                    for info in tar:
+                    for info in tar_members(tar):
                         file = tar.extractfile(info) if info.offset_data == member.offset else None
                         if file is not None:
                             self._copy(file, member.name)

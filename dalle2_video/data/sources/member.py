@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import math
 import os
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,9 @@ READ_ERRORS = (
     EOFError,
     RuntimeError,  # an encrypted zip
     NotImplementedError,  # an unknown compression
+    ValueError,  # names and numbers of damaged headers, as are the next two
+    OverflowError,
+    IndexError,
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
@@ -117,6 +122,21 @@ class Problem:
     def __post_init__(self) -> None:
         for name in ("archive", "member", "cause"):
             object.__setattr__(self, name, escaped(getattr(self, name)))
+
+
+def tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an open tar; ReadError where a damaged header leads back, without an end."""
+    place = -1
+    for info in tar:
+        if info.size < 0 or info.offset <= place:
+            raise tarfile.ReadError("damaged header")
+        place = info.offset
+        yield info
+
+
+def tar_stamp(info: tarfile.TarInfo) -> int:
+    """The time of last change, 0 where it is no number."""
+    return int(info.mtime) if math.isfinite(info.mtime) else 0
 
 
 def escaped(name: str) -> str:

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dalle2_video.data.sources.member import MOST_BYTES, READ_ERRORS, ArchiveError, Member, Problem
+from dalle2_video.data.sources.member import (
+    MOST_BYTES,
+    READ_ERRORS,
+    ArchiveError,
+    Member,
+    Problem,
+    tar_members,
+    tar_stamp,
+)
 
 FOLDER_SHARD = 2000  # a folder of more clips becomes 64 shards, so a stop loses little
 LONGEST_NAME = 120  # bytes of a shard's name: file systems allow 255, and suffixes are added
@@ -65,11 +73,11 @@ class Source:
                 member.name: clip for clip, member in rest.items() if member.archive == archive
             }
             with suppress(*READ_ERRORS), tarfile.open(archive, "r|*") as tar:
-                for info in tar:
+                for info in tar_members(tar):
                     clip = clip_of.get(info.name) if info.isreg() else None
                     file = tar.extractfile(info) if clip in rest else None
                     if clip is not None and file is not None and info.size <= MOST_BYTES:
-                        if info.size != rest[clip].size or int(info.mtime) != rest[clip].stamp:
+                        if info.size != rest[clip].size or tar_stamp(info) != rest[clip].stamp:
                             continue  # an earlier member of the same name
                         data = file.read()
                         yield clip, rest.pop(clip), data

@@ -16,6 +16,7 @@ import json
 import posixpath
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,7 +188,9 @@ def _add_row(
         before = [found[0].data] if found and found[0].data else []
         data = b"\n".join([*before, *(text.encode() for text in texts)])
         place = found[0].name if found else where
-        found[:] = [Member(table.archive, "cell", place, len(data), 0, data, 0, table.origin)]
+        found[:] = [
+            Member(table.archive, "cell", place, len(data), 0, data, zlib.crc32(data), table.origin)
+        ]
 
 
 # ---------------------------------------------------------------- reading

@@ -66,8 +66,8 @@ class ClipStore:
         self.draw_windows = draw_windows
         self.root, self.settings = root, settings
         self.splits, self.split_seed = dict(splits), split_seed
-        self.groups, self.warnings = _groups(clips, splits)
         clips = sorted(clips, key=lambda clip: clip.image)
+        self.groups, self.warnings = _groups(clips, splits)
         self.num_images = sum(clip.image for clip in clips)
         self.clip_ids = [clip.clip for clip in clips]
         self.shards = sorted({clip.shard for clip in clips})

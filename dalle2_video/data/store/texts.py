@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def write_texts(path: Path, texts: Sequence[Mapping[str, Sequence[Line]]]) -> No
     (UTF-8, end to end), text_end int64 (lines,).
     """
     found = {name for by_category in texts for name in by_category}
-    names = sorted({*CATEGORIES, *found}, key=in_order)
+    names = [sys.intern(name) for name in sorted({*CATEGORIES, *found}, key=in_order)]
     if len(names) > MOST_CATEGORIES:
         raise StoreError(
             f"{len(names)} categories of captions, at most {MOST_CATEGORIES} are possible: choose "
