@@ -9,11 +9,12 @@ import pytest
 
 from dalle2_video.data.preprocess.run import preprocess
 from dalle2_video.data.sources.find import find_sources
+from dalle2_video.data.sources.member import ArchiveError
 from dalle2_video.data.sources.source import Catalogue
 from dalle2_video.data.sources.table import ColumnError
 from dalle2_video.data.store.shard import StoreError
 from dalle2_video.data.store.store import ClipStore
-from tests.helpers.files import write_files, write_tar
+from tests.helpers.files import pack, write_files, write_tar
 from tests.helpers.media import captions, clip_id, grey_steps, write_video
 from tests.helpers.stores import SPLITS, config, manifest, skipped, tree
 
@@ -75,6 +76,7 @@ def test_what_has_no_partner_is_listed(tmp_path: Path) -> None:
             "b.mp4": VIDEO,
             "a.mp4.txt": "Another text.",
             "README.txt": "what this is",
+            "a.2.txt": "of a clip that is not here",
             "notes.pdf": b"",
             "photo.heic": b"",
         },
@@ -82,6 +84,7 @@ def test_what_has_no_partner_is_listed(tmp_path: Path) -> None:
     assert list(lines(root)) == ["a"]
     out = tmp_path / "store"
     assert skipped(out) == {
+        "a.2.txt": "a text without a video or image of the same name",
         "README.txt": "a text without a video or image of the same name",
         "a.txt": "a second text: a.mp4.txt is used",
         "a.jpg": "an image beside the video of the same name",
@@ -105,6 +108,19 @@ def test_an_archive_holds_what_its_unpacked_folder_holds(tmp_path: Path) -> None
     write_tar(packed / "y.tgz", {k[2:]: v for k, v in files.items() if k[0] == "y"}, "w:gz")
     assert lines(folder) == lines(packed) and len(lines(folder)) == 4
     assert set(lines(folder)) == {"x/a", "x/b", "y/z/a", "y/z/b"}
+
+
+def test_the_folder_itself_as_root(tmp_path: Path, monkeypatch) -> None:
+    """`data.root=.`; and an error beside a store is an error, not the end of the data."""
+    root = write_files(tmp_path / ".hidden", {"a.mp4": VIDEO, "a.txt": "A cat."})
+    monkeypatch.chdir(root)
+    made = config(Path("."), layout=None, out=str(tmp_path / "store"))
+    assert preprocess(made, log=lambda text: None).clips == 1
+    assert ClipStore.open(made.store, SPLITS).clip_ids == ["a"]
+    for name in ("b.zip", "b.tar"):
+        (root / name).write_bytes(pack(name, {"c.mp4": VIDEO, "c.txt": b"C."}))
+    with pytest.raises(ArchiveError, match="have one name: rename one"):
+        preprocess(made, log=lambda text: None)
 
 
 def test_many_folders_of_one_clip_are_few_shards(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from dalle2_video.data.atomic import write_json
 from dalle2_video.data.config import DataConfig, StoreSettings
 from dalle2_video.data.sources.find import find_sources
-from dalle2_video.data.sources.member import ArchiveError
+from dalle2_video.data.sources.member import NoClipsError
 from dalle2_video.data.sources.source import Catalogue, Source
 from dalle2_video.data.sources.table import Columns
 from dalle2_video.data.store.shard import (
@@ -31,7 +31,7 @@ def catalogue(config: DataConfig, scratch: Path) -> Catalogue:
     columns = Columns(config.file_column, config.group_column, captions)
     try:
         return find_sources(config.root, config.layout, columns, scratch, config.store)
-    except ArchiveError:
+    except NoClipsError:
         if any(index_paths(config.store)):
             return Catalogue()
         raise

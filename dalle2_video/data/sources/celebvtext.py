@@ -29,7 +29,7 @@ def celebvtext_clips(listing: Listing) -> Clips:
     folders are listed as problems.
     """
     root = listing.root
-    clips = Clips(root.name, listing.problems, CATEGORIES)
+    clips = Clips(root.resolve().name, listing.problems, CATEGORIES)
     unknown: set[tuple[str, str]] = set()
     images = []
     names: set[str] = set()

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from dalle2_video.data.config import Layout
 from dalle2_video.data.sources.celebvtext import CLIP_NAME, category_of, celebvtext_clips
 from dalle2_video.data.sources.listing import File, Listing, list_files
-from dalle2_video.data.sources.member import ArchiveError
+from dalle2_video.data.sources.member import NoClipsError
 from dalle2_video.data.sources.pairs import pair_clips, split_suffix
 from dalle2_video.data.sources.source import Catalogue, Clips
 from dalle2_video.data.sources.suffixes import (
@@ -51,7 +51,7 @@ def find_sources(
     clips = make[layout]()
     catalogue = Catalogue(clips.sources(), listing.problems, layout, ignored=listing.ignored)
     if not catalogue.sources and not catalogue.problems:
-        raise ArchiveError(f"{root} holds no clips: {EXPECTED}")
+        raise NoClipsError(f"{root} holds no clips: {EXPECTED}")
     number = sum(len(source.videos) for source in catalogue.sources)
     texts = sum(bool(texts) for source in catalogue.sources for texts in source.texts.values())
     catalogue.found = f"{number} videos and images, {texts} of them with texts"

@@ -37,6 +37,10 @@ class ArchiveError(UserError):
     """Nothing to read, or a member that cannot be read; the message is the cause."""
 
 
+class NoClipsError(ArchiveError):
+    """There is nothing that could be a clip."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One file inside an archive or folder.

@@ -20,7 +20,7 @@ def pair_clips(listing: Listing, first_dot: bool, columns: tuple[str, ...] | Non
     """Clips with the texts of the same name. A text without a video, and an image beside a video,
     are listed as problems.
     """
-    clips = Clips(listing.root.name, listing.problems, columns=columns)
+    clips = Clips(listing.root.resolve().name, listing.problems, columns=columns)
     videos: set[str] = set()
     texts: list[tuple[str, str, File]] = []
     images: list[tuple[str, File]] = []
@@ -43,7 +43,9 @@ def pair_clips(listing: Listing, first_dot: bool, columns: tuple[str, ...] | Non
     ids = {clip for some in clips.videos.values() for clip in some}
     for clip, category, file in texts:
         # a.mp4.txt is as good as a.txt
-        name = clip if clip in ids else split_suffix(clip, first_dot)[0]
+        stem, suffix = split_suffix(clip, first_dot)
+        is_media = suffix in VIDEO_SUFFIXES or suffix in IMAGE_SUFFIXES
+        name = stem if clip not in ids and is_media else clip
         if name not in ids:
             clips.leave_out(file.member, "a text without a video or image of the same name")
         elif category == JSON and CATEGORY in clips.texts.get(name, {}):

@@ -118,7 +118,7 @@ class Clips:
 
     def add(self, shard: str, clip: str, member: Member) -> None:
         """Adds a clip; a second file of the same id in its shard is a problem."""
-        shard = shard_name(shard or self.root_name)
+        shard = shard_name(shard or self.root_name).lstrip(".") or "root"  # no hidden file
         other = self.archive.setdefault(shard, member.shown_archive)
         if other != member.shown_archive:
             raise ArchiveError(

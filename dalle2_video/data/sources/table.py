@@ -99,7 +99,7 @@ def table_clips(listing: Listing, tables: Sequence[File], columns: Columns) -> C
     """The clips that rows name. Rows without their file, files without a row, and tables that
     cannot be read are listed as problems.
     """
-    clips = Clips(listing.root.name, listing.problems)
+    clips = Clips(listing.root.resolve().name, listing.problems)
     media = _Media(listing)
     for table in tables:
         try:
