@@ -1,6 +1,8 @@
 """An animated picture of sampled clips with their captions, such as the one of the README.
 
-python -m dalle2_video.evaluation.picture runs/demo --clips 0,3,8,12 --out samples.webp
+    python -m dalle2_video.evaluation.picture runs/demo --clips 0,3,8,12 --out samples.webp
+
+Reads the folder that demo.py writes; a WebP plays in browsers and on GitHub.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dalle2_video.data.atomic import read_json, whole
 from dalle2_video.data.media.sheet import wrap_text
 from dalle2_video.errors import UserError
 from dalle2_video.evaluation.page import read_mp4
+from dalle2_video.failures import one_line_errors
 
 FPS = 8.0
 GAP, FONT_SIZE, LINE = 12, 14, 18  # pixels
@@ -37,7 +40,9 @@ def main() -> None:
     paths = sorted((given.run / "clips" / given.unet).glob("*.mp4"))
     if not paths:
         raise UserError(f"{given.run}/clips/{given.unet}: no clips; run demo.py first")
-    chosen = [int(number) for number in given.clips.split(",")]
+    chosen = [int(number) for number in given.clips.split(",") if number.strip().isdecimal()]
+    if not chosen or max(chosen) >= len(paths):
+        raise UserError(f"--clips {given.clips}: must be numbers from 0 to {len(paths) - 1}")
     clips = [read_mp4(paths[number])[0] for number in chosen]
     texts = [captions[number] for number in chosen]
     save_animation(given.out, clips, texts, given.columns, given.side)
@@ -87,4 +92,5 @@ def save_animation(
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -194,7 +194,7 @@ def test_another_content_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     size = max(len(first), len(second)) + 16
 
     def padded(data: bytes) -> bytes:
-        """With an mp4 box that says: nothing, of so many bytes."""
+        """Padded to `size` bytes with an mp4 box that holds nothing."""
         rest = size - len(data)
         return data + rest.to_bytes(4, "big") + b"free" + bytes(rest - 8)
 

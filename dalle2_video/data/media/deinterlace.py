@@ -14,7 +14,7 @@ class Deinterlacer:
     """One frame out for each frame in, with its time stamp.
 
     Of an interlaced frame the field that is shown first stays, and the other one's lines are drawn
-    anew from both fields and the neighbouring frames (bwdif: Weston's three-field filter where
+    again from both fields and the neighbouring frames (bwdif: Weston's three-field filter where
     there is motion). `begun`: whether any frame so far was interlaced. From that one on each frame
     comes out when the next one is in.
     """

@@ -195,7 +195,7 @@ class ClipStore:
         return out
 
     def stills(self, clips: Sequence[int], frames: Sequence[int]) -> np.ndarray:
-        """uint8 (B, H, W, 3): frame number frames[i] of position clips[i]; raw reads no other. A
+        """uint8 (B, H, W, 3): frame number frames[i] of position clips[i]; raw reads no other. An
         image has the same at every number.
         """
         out = np.empty((len(clips), *self.settings.shape[1:]), np.uint8)
